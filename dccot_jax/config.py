@@ -1,0 +1,314 @@
+"""The configuration: every key with its default, what depends on what, and checks that run before any work.
+
+A config file is Python with a `get_config()` that starts from `default_config()` and changes values. The dict is
+locked: an unknown or ill-typed key fails at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dccot_jax.records import canonical_json
+
+AUGMENT_METHODS = ("rephrase", "question", "answer", "reverse")
+CURRICULA = ("none", "staged", "competence", "anti", "random_growing")
+MIXES = ("none", "length", "teacher", "domain")
+MIX_MODES = ("pooled", "per_question")
+SCHEDULES = ("constant", "linear", "cosine")
+TRAIN_FORMATS = ("cot", "no_cot")
+LOSS_MASKS = ("response", "full")
+LOSS_WEIGHTS = ("token", "sequence", "reverse")
+DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message names the field, the value and what would be accepted."""
+
+
+def default_config() -> ConfigDict:
+    """Every key of a run with its default value."""
+    c = ConfigDict()
+    c.name = "run"
+    c.seed = 0
+    c.seeds = ()  # several seeds per arm; () means (seed,)
+    c.data_dir = ""  # local files of public tasks; "" asks the hub
+    c.compute_dtype = "float32"  # float32 | bfloat16: activations; parameters stay float32
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all remaining devices
+
+    c.student = ConfigDict()
+    c.student.path = ""  # Hugging Face directory; "" means random init of `student.model`
+    c.student.tokenizer = "embedded"  # embedded | Hugging Face directory; ignored when `path` is set
+    c.student.model = ConfigDict(
+        {
+            "family": "llama",  # llama | qwen2
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "rope_theta": 10000.0,
+            "tie_embeddings": True,
+            "max_positions": 1024,
+        }
+    )
+
+    c.traces = ConfigDict()
+    c.traces.task = "synth_arithmetic"  # registry name of the training task
+    c.traces.questions = 0  # how many training questions, in the task's own order; 0 means all
+    c.traces.samples = 1  # traces per question and teacher
+    c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)  # each a dict, see docs/teachers
+    c.traces.temperature = 0.7
+    c.traces.max_tokens = 1024
+
+    c.augment = ConfigDict()
+    c.augment.methods = ()  # any of AUGMENT_METHODS
+    c.augment.teacher = {"kind": "scripted", "style": "verbose"}
+    c.augment.temperature = 0.7
+    c.augment.max_tokens = 1024
+    c.augment.answers = 3  # new answer paths per question
+    c.augment.rephrasings = 1
+    c.augment.votes = 5  # answers per new question, majority is the pseudo-gold
+    c.augment.agreement = 0.6  # share of votes a new question needs
+
+    c.verify = ConfigDict()
+    c.verify.time_limit_seconds = 5.0  # hard limit for one answer
+
+    c.tokens = ConfigDict()
+    c.tokens.max_length = 512  # tokens of prompt and completion; longer rows are dropped and counted
+    c.tokens.format = "cot"  # cot: rationale and answer | no_cot: the gold answer alone
+    c.tokens.train_suffix = True  # training prompts carry the task's prompt suffix, as evaluation does
+
+    c.score = ConfigDict()
+    c.score.student = "base"  # base | warmup | a path to a checkpoint
+    c.score.signals = ()
+    c.score.chunk_rows = 256  # rows per committed chunk
+    c.score.batch_tiles = 4  # tiles per dispatch; changes speed, never scores
+    c.score.warmup = ConfigDict({"share": 0.1, "steps": 50})
+
+    c.select = ConfigDict()
+    c.select.steps = ()  # selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500})
+
+    c.mix = ConfigDict()
+    c.mix.kind = "none"  # none | length | teacher | domain
+    c.mix.alpha = 0.2  # share of the long / strong part
+    c.mix.mode = "pooled"  # pooled | per_question
+    c.mix.total_examples = 0  # fixed size of the mix; 0: as many as there are
+    c.mix.total_tokens = 0  # or a fixed number of completion tokens
+    c.mix.strong = ()  # teacher mix: names of the strong teachers
+    c.mix.long = ()  # length mix: styles or levels that are long; (): longer than the task's median
+    c.mix.weights = {}  # domain mix: weight per task; {}: proportional
+    c.mix.temperature = 1.0  # domain mix: weights ~ n^(1/temperature)
+
+    c.curriculum = ConfigDict()
+    c.curriculum.kind = "none"
+    c.curriculum.difficulty = "n_steps"  # n_steps | completion_tokens | question_tokens | any scored signal
+    c.curriculum.stages = 3  # staged: number of buckets
+    c.curriculum.stage_shares = ()  # staged: share of the steps per stage; (): equal
+    c.curriculum.c0 = 0.1  # competence: share of the data available at step 0
+    c.curriculum.full_at = 0.7  # competence, random_growing: share of the steps after which all data are used
+
+    c.train = ConfigDict()
+    c.train.steps = 0  # optimizer steps; 0 means `epochs`
+    c.train.epochs = 1.0
+    c.train.rows_per_step = 16  # packed rows in one optimizer step, over all hosts
+    c.train.row_tokens = 256  # length of a packed row
+    c.train.microbatches = 1
+    c.train.loss_mask = "response"
+    c.train.loss_weight = "token"
+    c.train.learning_rate = 1e-3
+    c.train.schedule = "cosine"
+    c.train.warmup_steps = 20
+    c.train.final_lr_share = 0.1
+    c.train.b1 = 0.9
+    c.train.b2 = 0.95
+    c.train.eps = 1e-8
+    c.train.weight_decay = 0.0
+    c.train.clip_norm = 1.0
+    c.train.remat = "nothing_saveable"  # nothing_saveable | dots | none
+    c.train.checkpoint_every = 200  # steps; recorded, not hashed
+    c.train.keep_checkpoints = 2
+    c.train.log_every = 10
+
+    c.evaluate = ConfigDict()
+    c.evaluate.iid = ()  # task names; all three empty: the training task's own relations
+    c.evaluate.ood = ()
+    c.evaluate.cross = ()
+    c.evaluate.items = 0  # items per task, chosen by id hash; 0 means all
+    c.evaluate.max_new_tokens = 256
+    c.evaluate.batch_rows = 64  # rows generated together
+    c.evaluate.gold_nll = True  # mean NLL of the gold rationale, where the task has one
+    c.evaluate.base = True  # evaluate the untrained student as a reference row
+
+    c.report = ConfigDict()
+    c.report.samples = 6  # items shown side by side
+    c.report.bootstrap = 2000
+    c.report.compare = ()  # pairs of arm names for paired tests, e.g. (("correct_noisy", "vanilla_noisy"),)
+
+    c.arms = ConfigDict()  # arm name -> {dotted key: value}; empty: one arm named after the run
+    return c.lock()
+
+
+# Keys that change speed, place or appearance and never a result: recorded in manifests, not hashed.
+UNHASHED = frozenset(
+    {
+        "name",
+        "data_dir",
+        "mesh",
+        "score.batch_tiles",
+        "score.chunk_rows",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "evaluate.batch_rows",
+        "verify.time_limit_seconds",
+    }
+)
+
+
+def to_plain(value: Any) -> Any:
+    """ConfigDicts and tuples as plain dicts and lists, ready for JSON."""
+    if isinstance(value, ConfigDict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
+    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys."""
+    found: dict[str, Any] = {}
+    for key in keys:
+        for name, value in _flatten(key, lookup(config, key)):
+            if not _unhashed(name):
+                found[name] = value
+    return found
+
+
+def lookup(config: ConfigDict, key: str) -> Any:
+    """Value of a dotted key. Raises ConfigError naming the nearest valid key."""
+    value: Any = config
+    for depth, name in enumerate(key.split(".")):
+        if not isinstance(value, ConfigDict) or name not in value:
+            raise ConfigError(_unknown(config, key, depth))
+        value = value[name]
+    return value
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` with dotted keys changed. Raises ConfigError on an unknown key or a value of another type."""
+    copy = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        lookup(copy, key)
+        try:
+            copy.update_from_flattened_dict({key: _as_tuple(value)})
+        except (TypeError, KeyError, ValueError) as error:
+            raise ConfigError(f"config.{key}: {value!r} is not acceptable ({error})") from None
+    return copy.lock()
+
+
+def arms(config: ConfigDict) -> dict[str, ConfigDict]:
+    """One config per arm, in the given order; a config without arms is one arm named after the run."""
+    if not config.arms:
+        return {config.name: config}
+    found = {}
+    for name, changes in config.arms.items():
+        flat = dict(changes)
+        if "arms" in flat or "seeds" in flat:
+            raise ConfigError(f"config.arms.{name}: 'arms' and 'seeds' cannot be changed by an arm")
+        found[name] = override(config, flat)
+    return found
+
+
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+    return tuple(config.seeds) or (config.seed,)
+
+
+def validate(config: ConfigDict) -> None:
+    """Check a config before any work. Raises ConfigError at the first field that cannot work."""
+    for key in _flat_keys(default_config()):
+        lookup(config, key)
+    _one_of(config, "compute_dtype", DTYPES)
+    _one_of(config, "mix.kind", MIXES)
+    _one_of(config, "mix.mode", MIX_MODES)
+    _one_of(config, "curriculum.kind", CURRICULA)
+    _one_of(config, "train.schedule", SCHEDULES)
+    _one_of(config, "train.loss_mask", LOSS_MASKS)
+    _one_of(config, "train.loss_weight", LOSS_WEIGHTS)
+    _one_of(config, "tokens.format", TRAIN_FORMATS)
+    _one_of(config, "train.remat", ("nothing_saveable", "dots", "none"))
+    for method in config.augment.methods:
+        if method not in AUGMENT_METHODS:
+            raise ConfigError(f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{_nearest(method, AUGMENT_METHODS)}")
+    for key in ("train.rows_per_step", "train.row_tokens", "train.microbatches", "tokens.max_length", "score.chunk_rows", "evaluate.max_new_tokens"):
+        if lookup(config, key) < 1:
+            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
+    if config.train.rows_per_step % config.train.microbatches:
+        raise ConfigError(f"config.train.microbatches: {config.train.microbatches} does not divide train.rows_per_step = {config.train.rows_per_step}")
+    if config.tokens.max_length > config.train.row_tokens:
+        raise ConfigError(f"config.tokens.max_length: {config.tokens.max_length} exceeds train.row_tokens = {config.train.row_tokens}; a row must fit a packed row")
+    if not 0.0 <= config.mix.alpha <= 1.0:
+        raise ConfigError(f"config.mix.alpha: {config.mix.alpha} must lie in [0, 1]")
+    if config.train.steps == 0 and config.train.epochs <= 0:
+        raise ConfigError("config.train.steps: 0 needs train.epochs > 0")
+    if not config.traces.teachers:
+        raise ConfigError("config.traces.teachers: empty; give at least one teacher, e.g. ({'kind': 'scripted', 'style': 'verbose'},)")
+    if config.curriculum.kind == "staged" and config.curriculum.stage_shares and len(config.curriculum.stage_shares) != config.curriculum.stages:
+        raise ConfigError(f"config.curriculum.stage_shares: {len(config.curriculum.stage_shares)} shares for {config.curriculum.stages} stages")
+    if config.arms:
+        for arm in arms(config).values():
+            single = arm.copy_and_resolve_references().unlock()
+            single.arms = ConfigDict()
+            validate(single.lock())
+    canonical_json(to_plain(config))
+
+
+def resolved_text(config: ConfigDict) -> str:
+    """Sorted `key: value` lines, one per leaf: what is stored beside a run and compared in golden files."""
+    return "".join(f"{key}: {canonical_json(value)}\n" for key, value in sorted(_flatten("", config)))
+
+
+def _one_of(config: ConfigDict, key: str, accepted: Sequence[str]) -> None:
+    value = lookup(config, key)
+    if value not in accepted:
+        raise ConfigError(f"config.{key}: {value!r} is not one of {', '.join(accepted)}{_nearest(str(value), accepted)}")
+
+
+def _nearest(name: str, accepted: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, accepted, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _unknown(config: ConfigDict, key: str, depth: int) -> str:
+    keys = _flat_keys(config)
+    groups = sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
+    close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
+    return f"config.{key}: no such key" + (f"; did you mean config.{close[0]}?" if close else f"; keys here: {', '.join(sorted(config))}")
+
+
+def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in config.items():
+        full = f"{prefix}{name}"
+        keys += _flat_keys(value, f"{full}.") if isinstance(value, ConfigDict) and value and full != "arms" else [full]
+    return keys
+
+
+def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, ConfigDict) and value:
+        return [pair for name, item in value.items() for pair in _flatten(f"{prefix}.{name}" if prefix else name, item)]
+    return [(prefix, to_plain(value))]
+
+
+def _unhashed(name: str) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in UNHASHED)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

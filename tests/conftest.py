@@ -1,0 +1,34 @@
+"""Shared fixtures; the default suite needs no network, no torch and no files outside the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Public task data and teacher traces: $DCCOT_DATA, else ../shared/data beside the checkout."""
+    path = Path(os.environ.get("DCCOT_DATA") or ROOT.parent / "shared" / "data")
+    if not (path / "manifest.json").exists():
+        pytest.skip(f"no task data at {path}; set DCCOT_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """A real pretrained student: $DCCOT_SMOLLM2, else the cache folder."""
+    path = Path(os.environ.get("DCCOT_SMOLLM2") or Path.home() / ".cache" / "dccot_jax" / "smollm2-135m-instruct")
+    if not (path / "config.json").exists():
+        pytest.skip(f"no SmolLM2-135M-Instruct at {path}; set DCCOT_SMOLLM2")
+    return path
