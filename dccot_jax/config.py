@@ -79,7 +79,7 @@ def default_config() -> ConfigDict:
     c.verify.time_limit_seconds = 5.0  # hard limit for one answer
 
     c.tokens = ConfigDict()
-    c.tokens.max_length = 512  # tokens of prompt and completion; longer rows are dropped and counted
+    c.tokens.max_length = 256  # tokens of prompt and completion; longer rows are dropped and counted
     c.tokens.format = "cot"  # cot: rationale and answer | no_cot: the gold answer alone
     c.tokens.train_suffix = True  # training prompts carry the task's prompt suffix, as evaluation does
 
