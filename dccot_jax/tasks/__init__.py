@@ -1,0 +1,1 @@
+"""Tasks: where questions come from, how they are asked, and how answers are judged."""
