@@ -59,6 +59,7 @@ def default_config() -> ConfigDict:
 
     c.traces = ConfigDict()
     c.traces.task = "synth_arithmetic"  # registry name of the training task
+    c.traces.seed = 0  # root of everything random in `traces` and `augment`: runs of several seeds share their data
     c.traces.questions = 0  # how many training questions, in the task's own order; 0 means all
     c.traces.samples = 1  # traces per question and teacher
     c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)  # each a dict, see docs/teachers

@@ -1,0 +1,245 @@
+"""The command line: one verb per thing a user wants done.
+
+  dccot run      --config=FILE.py --workdir=DIR [--config.a.b=value ...] [--until=STAGE] [--only=STAGE]
+  dccot report   --workdir=DIR
+  dccot eval     --config=FILE.py --checkpoint=DIR --workdir=DIR
+  dccot export   --checkpoint=DIR --out=DIR
+  dccot tasks    [--data_dir=DIR]
+  dccot validate --config=FILE.py
+
+Exit codes: 0 done, 1 failed, 2 a command, config or input that cannot work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from dccot_jax import __version__
+from dccot_jax import config as config_lib
+from dccot_jax.artifact import ArtifactError
+from dccot_jax.config import ConfigError
+from dccot_jax.context import Context
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
+flags.DEFINE_string("workdir", None, "Where artifacts and the report go.", flag_values=_FLAGS)
+flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
+flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
+flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
+flags.DEFINE_string("out", None, "Output directory.", flag_values=_FLAGS)
+flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
+flags.DEFINE_bool("distributed", False, "Join other processes; the cluster (Slurm, TPU pod, Kubernetes, MPI) is detected.", flag_values=_FLAGS)
+flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, when the cluster is not detected.", flag_values=_FLAGS)
+flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.", flag_values=_FLAGS)
+flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
+
+
+class UsageError(ValueError):
+    """A command line that cannot work."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command. Returns the exit code; prints one line on bad input."""
+    console = Console(stderr=True, highlight=False)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if argv[0] in ("--version", "version"):
+        print(f"dccot_jax {__version__}")
+        return 0
+    verb, rest = argv[0], list(argv[1:])
+    try:
+        if verb not in VERBS:
+            raise UsageError(f"unknown command {verb!r}; commands are {', '.join(VERBS)}")
+        if any(word in ("-h", "--help") for word in rest):
+            print(__doc__)
+            return 0
+        _parse(rest)
+        return VERBS[verb](console)
+    except (UsageError, ConfigError, ArtifactError) as error:
+        console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on")
+        return 130
+    except Exception as error:
+        if getattr(error, "is_input_error", False):  # rooms mark errors that a user's input caused
+            console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
+            return 2
+        raise
+
+
+def console() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _parse(arguments: Sequence[str]) -> None:
+    """Parse flags; turns every complaint into a UsageError of one line."""
+    _FLAGS.unparse_flags()
+    try:
+        left = _FLAGS(["dccot", *arguments])
+    except flags.Error as error:
+        raise UsageError(_one_line(error)) from None
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UsageError(_explain(error, arguments)) from None
+    if len(left) > 1:
+        raise UsageError(f"unexpected argument {left[1]!r}")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain and orbax read absl flags
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> str:
+    """Name the override that failed and the nearest valid key."""
+    defaults = config_lib.default_config()
+    for argument in arguments:
+        if argument.startswith("--config."):
+            key = argument[len("--config.") :].split("=")[0]
+            try:
+                config_lib.lookup(defaults, key)
+            except ConfigError as problem:
+                if not key.startswith("arms."):
+                    return str(problem)
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if error.args else str(error)
+    return " ".join(text.split())
+
+
+def _config() -> config_lib.ConfigDict:
+    if _CONFIG.value is None:
+        raise UsageError("--config=FILE.py is needed")
+    config_lib.validate(_CONFIG.value)
+    return _CONFIG.value
+
+
+def _workdir() -> Path:
+    if not _FLAGS.workdir:
+        raise UsageError("--workdir=DIR is needed")
+    return Path(_FLAGS.workdir).expanduser().absolute()
+
+
+def _context(workdir: Path, data_dir: str) -> Context:
+    """Start JAX (and its processes, when asked) and describe where the run takes place."""
+    import jax
+
+    if _FLAGS.coordinator:
+        if _FLAGS.num_processes < 1 or _FLAGS.process_id < 0:
+            raise UsageError("--coordinator needs --num_processes and --process_id")
+        jax.distributed.initialize(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
+    elif _FLAGS.distributed:
+        jax.distributed.initialize()
+    path = Path(data_dir).expanduser() if data_dir else None
+    if path is not None and not path.is_dir():
+        raise UsageError(f"config.data_dir: {data_dir!r} is not a directory")
+    return Context(workdir=workdir, data_dir=path, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path, ctx: Context) -> Iterator[None]:
+    """One run at a time in a workdir (local disks)."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not ctx.is_main:
+        yield
+        return
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"--workdir={workdir}: another run is at work there") from None
+        yield
+
+
+def _run(console: Console) -> int:
+    from dccot_jax import pipeline
+
+    config, workdir = _config(), _workdir()
+    ctx = _context(workdir, config.data_dir)
+    with _locked(workdir, ctx):
+        pipeline.run(config, ctx, until=_FLAGS.until, only=_FLAGS.only)
+    return 0
+
+
+def _report(console: Console) -> int:
+    from dccot_jax import pipeline
+
+    workdir = _workdir()
+    config, runs = pipeline.load_runs(workdir)
+    pipeline.report(config, runs, Context(workdir=workdir))
+    return 0
+
+
+def _eval(console: Console) -> int:
+    from dccot_jax import pipeline
+
+    config, workdir = _config(), _workdir()
+    if not _FLAGS.checkpoint:
+        raise UsageError("--checkpoint=DIR is needed: a train artifact or a Hugging Face directory")
+    ctx = _context(workdir, config.data_dir)
+    with _locked(workdir, ctx):
+        pipeline.evaluate_checkpoint(config, Path(_FLAGS.checkpoint).expanduser(), ctx)
+    return 0
+
+
+def _export(console: Console) -> int:
+    from dccot_jax.train.checkpoint import export_hf
+
+    if not _FLAGS.checkpoint or not _FLAGS.out:
+        raise UsageError("--checkpoint=DIR and --out=DIR are needed")
+    out = Path(_FLAGS.out).expanduser()
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"--out={out}: not empty; name another directory")
+    export_hf(Path(_FLAGS.checkpoint).expanduser(), out)
+    console.print(f"wrote {out}")
+    return 0
+
+
+def _tasks(console: Console) -> int:
+    from dccot_jax.tasks.registry import all_tasks, data_at_hand
+
+    root = Path(_FLAGS.data_dir).expanduser() if _FLAGS.data_dir else None
+    table = Table(title="Tasks")
+    for column in ("task", "answer", "domain", "IID", "OOD", "cross-domain", "data at hand", "hub"):
+        table.add_column(column, overflow="fold")
+    for task in all_tasks():
+        at_hand = "yes" if data_at_hand(task, root) else "hub" if task.hub else "no"
+        table.add_row(task.name, task.answer_type, task.domain, " ".join(task.iid), " ".join(task.ood), " ".join(task.cross), at_hand, task.hub or "built in")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
+
+
+def _validate(console: Console) -> int:
+    config = _config()
+    from dccot_jax import pipeline
+
+    for arm, arm_config in config_lib.arms(config).items():
+        nodes = pipeline.graph(arm_config, base=bool(config.evaluate.base))
+        print(f"{arm}: {' → '.join(nodes)}")
+    print(f"valid; {len(config_lib.arms(config))} arm(s) × {len(config_lib.seeds(config))} seed(s)")
+    return 0
+
+
+VERBS: dict[str, Callable[[Console], int]] = {
+    "run": _run,
+    "report": _report,
+    "eval": _eval,
+    "export": _export,
+    "tasks": _tasks,
+    "validate": _validate,
+}
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

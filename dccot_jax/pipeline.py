@@ -1,0 +1,465 @@
+"""The stages of a run as a graph of named artifacts: what is done, what is left, in which order.
+
+`run` walks the graph of every (arm, seed). An artifact whose identity is already in the store is reused, so arms share
+what they have in common and a second run of a finished workdir does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dccot_jax import config as config_lib
+from dccot_jax.artifact import (
+    Artifact,
+    ArtifactError,
+    StageResult,
+    Store,
+    artifact_identity,
+    file_hash,
+    finish,
+    open_artifact,
+    remove_leftovers,
+    write_atomic,
+)
+from dccot_jax.config import ConfigError
+from dccot_jax.context import Context
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A kind of stage: where its code is, what it depends on.
+
+    Attributes:
+      kind: name of the stage. run: ``module:function``, imported when needed.
+      version: raise it when the same config and inputs would give another result.
+      config_keys: dotted keys whose values are part of the identity.
+      external: names a function of this module that hashes files outside the store, or "".
+    """
+
+    kind: str
+    run: str
+    version: int
+    config_keys: tuple[str, ...]
+    external: str = ""
+
+    def load(self) -> Callable[..., StageResult]:
+        module, name = self.run.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+STAGES = {
+    stage.kind: stage
+    for stage in (
+        Stage("student", "dccot_jax.data.student:run", 1, ("student", "seed"), "student_files"),
+        Stage("traces", "dccot_jax.teachers.stage:run", 1, ("traces",), "trace_files"),
+        Stage("augment", "dccot_jax.augment.stage:run", 1, ("augment", "traces.task", "traces.seed"), "trace_files"),
+        Stage("verify", "dccot_jax.select.verify:run", 1, ("traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"), "task_files"),
+        Stage("tokenize", "dccot_jax.data.tokenize:run", 1, ("tokens",)),
+        Stage("score", "dccot_jax.select.engine:run", 1, ("score.signals", "compute_dtype", "evaluate.max_new_tokens")),
+        Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed")),
+        Stage(
+            "plan",
+            "dccot_jax.mix.plan:run",
+            1,
+            (
+                "mix",
+                "curriculum",
+                "train.steps",
+                "train.epochs",
+                "train.rows_per_step",
+                "train.row_tokens",
+                "train.loss_mask",
+                "train.loss_weight",
+                "seed",
+            ),
+        ),
+        Stage("train", "dccot_jax.train.loop:run", 1, ("train", "compute_dtype")),
+        Stage(
+            "evaluate",
+            "dccot_jax.evaluate.stage:run",
+            1,
+            (
+                "traces.task",
+                "compute_dtype",
+                "evaluate.iid",
+                "evaluate.ood",
+                "evaluate.cross",
+                "evaluate.items",
+                "evaluate.max_new_tokens",
+                "evaluate.gold_nll",
+            ),
+            "task_files",
+        ),
+    )
+}
+
+DATA_STAGES = ("traces", "augment")  # their randomness hangs on traces.seed, so that seeds share their data
+ORDER = tuple(STAGES)
+REPORT = "report"
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One artifact to be made: a stage, the config it sees and the nodes it reads.
+
+    `inputs` maps a role to a node name; `facets` names, per role, the manifest fact that stands for the input in the
+    identity instead of its whole logical hash (tokenising depends on the student's tokenizer, not on its weights).
+    """
+
+    name: str
+    stage: Stage
+    config: ConfigDict
+    inputs: Mapping[str, str]
+    facets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
+    """Nodes of one (arm, seed) in the order they are made. `base` adds the evaluation of the untrained student."""
+    nodes: dict[str, Node] = {}
+
+    def add(name: str, inputs: Mapping[str, str], cfg: ConfigDict = config, facets: Mapping[str, str] | None = None) -> None:
+        stage = STAGES[name.split(":")[0]]
+        if stage.kind in DATA_STAGES:
+            cfg = config_lib.override(cfg, {"seed": cfg.traces.seed})
+        nodes[name] = Node(name, stage, cfg, dict(inputs), facets or {})
+
+    add("student", {})
+    if base:
+        add("evaluate:base", {"student": "student"})
+    add("traces", {})
+    traces = "traces"
+    if config.augment.methods:
+        add("augment", {"traces": traces})
+        traces = "augment"
+    add("verify", {"traces": traces})
+    add("tokenize", {"verify": "verify", "student": "student"}, facets={"student": "tokenizer_hash"})
+    rows = {"verify": "verify", "tokenize": "tokenize"}
+    scored: dict[str, str] = {}
+    if config.score.signals:
+        if config.score.student == "warmup":
+            short = config_lib.override(
+                config,
+                {
+                    "select.steps": ({"name": "random", "share": config.score.warmup.share},),
+                    "mix.kind": "none",
+                    "curriculum.kind": "none",
+                    "train.steps": config.score.warmup.steps,
+                },
+            )
+            add("select:warmup", rows, short)
+            add("plan:warmup", {**rows, "select": "select:warmup"}, short)
+            add("train:warmup", {"plan": "plan:warmup", "tokenize": "tokenize", "student": "student"}, short)
+            add("score", {**rows, "train": "train:warmup"})
+        elif config.score.student == "base":
+            add("score", {**rows, "student": "student"})
+        else:
+            add("score", {**rows, "train": f"path:{config.score.student}"})
+        scored = {"score": "score"}
+    add("select", {**rows, **scored})
+    add("plan", {**rows, **scored, "select": "select"})
+    add("train", {"plan": "plan", "tokenize": "tokenize", "student": "student"})
+    add("evaluate", {"train": "train"})
+    return nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmRun:
+    """The artifacts of one (arm, seed), by node name. The arm ``base`` is the untrained student."""
+
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    artifacts: dict[str, Artifact]
+
+
+def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") -> list[ArmRun]:
+    """Run every (arm, seed) of a config, then the report.
+
+    Args:
+      until: stop each arm after this node, e.g. ``select`` or ``train:warmup``.
+      only: run this stage (a kind or a node name) alone; its inputs must be there.
+    Raises:
+      ConfigError: a config that cannot work, or an unknown stage name.
+    """
+    config_lib.validate(config)
+    for name, value in (("--until", until), ("--only", only)):
+        if value and value not in (*ORDER, REPORT) and value.split(":")[0] not in ORDER:
+            raise ConfigError(f"{name}={value}: no such stage; stages are {', '.join((*ORDER, REPORT))}")
+    if ctx.is_main:
+        write_atomic(ctx.workdir / "config.txt", config_lib.resolved_text(config).encode())
+        write_atomic(ctx.workdir / "config.json", (json.dumps(config_lib.to_plain(config), indent=1, sort_keys=True) + "\n").encode())
+    store = Store(ctx.workdir / "artifacts")
+    runs: list[ArmRun] = []
+    made = reused = 0
+    for arm, seed, arm_config, base in _arm_seeds(config):
+        nodes = graph(arm_config, base=base)
+        done: dict[str, Artifact] = {}
+        label = f"{arm}/{seed}"
+        for node in nodes.values():
+            if only and only not in (node.name, node.stage.kind):
+                found = _peek(store, node, done, ctx)
+                if found is not None:
+                    done[node.name] = found
+                continue
+            artifact, fresh = _make(store, node, done, label, ctx)
+            done[node.name] = artifact
+            made, reused = made + fresh, reused + (not fresh)
+            if until == node.name:
+                break
+        runs += _as_runs(arm, seed, arm_config, done)
+    if ctx.is_main:
+        _write_index(ctx.workdir, runs)
+    if not made and not only:
+        ctx.log(f"Nothing to do: all {reused} artifacts of this run are up to date.")
+    else:
+        ctx.log(f"{made} artifacts made, {reused} reused.")
+    if (not until or until == REPORT) and only in ("", REPORT):
+        report(config, runs, ctx)
+    return runs
+
+
+def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context) -> None:
+    """Write `workdir/report` from finished artifacts (process 0)."""
+    if ctx.is_main:
+        from dccot_jax.report.build import build_report
+
+        build_report(list(runs), ctx.workdir / "report", config, ctx)
+        ctx.log(f"Report: {ctx.workdir / 'report' / 'report.html'}")
+    ctx.barrier("report")
+
+
+def load_runs(workdir: Path) -> tuple[ConfigDict, list[ArmRun]]:
+    """The config and runs a workdir holds. Raises ConfigError if it holds none."""
+    index = workdir / "runs.json"
+    if not index.exists():
+        raise ConfigError(f"--workdir={workdir}: no runs.json there; run `dccot run --workdir={workdir}` first")
+    entries = json.loads(index.read_text())
+    plain = json.loads((workdir / "config.json").read_text())
+    config = config_lib.default_config()
+    with config.unlocked():
+        config.arms = ConfigDict()
+    for key, value in plain.items():
+        if key == "arms":
+            continue
+        flat = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        config = config_lib.override(config, {name: item for name, item in flat.items() if not isinstance(item, dict) or item})
+    runs = [
+        ArmRun(entry["arm"], entry["seed"], entry["config"], {name: open_artifact(workdir / path) for name, path in entry["artifacts"].items()})
+        for entry in entries
+    ]
+    return config, runs
+
+
+def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> Artifact:
+    """Evaluate a train artifact or a Hugging Face directory under a config's protocol, and write a report of it.
+
+    Raises ConfigError if the path is neither.
+    """
+    config_lib.validate(config)
+    store = Store(ctx.workdir / "artifacts")
+    if (checkpoint / "manifest.json").exists():
+        role, source = "train", open_artifact(checkpoint)
+        if source.kind not in ("train", "student"):
+            raise ConfigError(f"--checkpoint={checkpoint}: a {source.kind} artifact, not a train or student artifact")
+        role = source.kind
+    elif (checkpoint / "config.json").exists():
+        config = config_lib.override(config, {"student.path": str(checkpoint)})
+        role = "student"
+        source, _ = _make(store, Node("student", STAGES["student"], config, {}), {}, "eval", ctx)
+    else:
+        raise ConfigError(f"--checkpoint={checkpoint}: neither a train artifact (manifest.json) nor a Hugging Face directory (config.json)")
+    node = Node("evaluate", STAGES["evaluate"], config, {role: "source"})
+    artifact, _ = _make(store, node, {"source": source}, "eval", ctx)
+    plain = config_lib.to_plain(config)
+    plain.pop("arms", None)
+    runs = [ArmRun(checkpoint.name, config.seed, plain, {role: source, "evaluate": artifact})]
+    report(config, runs, ctx)
+    return artifact
+
+
+def _arm_seeds(config: ConfigDict) -> Iterator[tuple[str, int, ConfigDict, bool]]:
+    first = True
+    for arm, arm_config in config_lib.arms(config).items():
+        for seed in config_lib.seeds(config):
+            yield arm, seed, config_lib.override(arm_config, {"seed": seed, "seeds": ()}), bool(config.evaluate.base) and first
+            first = False
+
+
+def _as_runs(arm: str, seed: int, config: ConfigDict, done: dict[str, Artifact]) -> list[ArmRun]:
+    plain = config_lib.to_plain(config)
+    plain.pop("arms", None)
+    runs = [ArmRun(arm, seed, plain, {name: artifact for name, artifact in done.items() if name != "evaluate:base"})]
+    if "evaluate:base" in done:
+        runs.insert(0, ArmRun("base", seed, plain, {"student": done["student"], "evaluate": done["evaluate:base"]}))
+    return runs
+
+
+def _write_index(workdir: Path, runs: Sequence[ArmRun]) -> None:
+    entries = [
+        {
+            "arm": run.arm,
+            "seed": run.seed,
+            "config": run.config,
+            "artifacts": {name: str(artifact.path.relative_to(workdir)) for name, artifact in run.artifacts.items() if artifact.path.is_relative_to(workdir)},
+        }
+        for run in runs
+    ]
+    write_atomic(workdir / "runs.json", (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    found = {}
+    for role, name in node.inputs.items():
+        if name.startswith("path:"):
+            found[role] = open_artifact(Path(name[len("path:") :]).expanduser())
+        elif name in done:
+            found[role] = done[name]
+        else:
+            raise ConfigError(f"stage {node.name}: its input {name!r} has not been made; run without --only first")
+    return found
+
+
+def _identity(node: Node, inputs: Mapping[str, Artifact]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    semantic = config_lib.config_slice(node.config, node.stage.config_keys)
+    hashes = {role: str(item.facts[node.facets[role]]) if role in node.facets else item.logical_hash for role, item in inputs.items()}
+    if node.stage.external:
+        hashes.update(EXTERNAL[node.stage.external](node.config))
+    return artifact_identity(node.stage.kind, node.stage.version, semantic, hashes), semantic, hashes
+
+
+def _peek(store: Store, node: Node, done: Mapping[str, Artifact], ctx: Context) -> Artifact | None:
+    """The finished artifact of a node, or None; makes nothing."""
+    try:
+        identity, _, _ = _identity(node, _inputs(node, done))
+        return store.find(node.name, identity)
+    except (ConfigError, ArtifactError) as error:
+        ctx.log(f"  {node.name}: {error}")
+        return None
+
+
+def _make(store: Store, node: Node, done: Mapping[str, Artifact], label: str, ctx: Context) -> tuple[Artifact, bool]:
+    """The artifact of a node, made if it is not there. Returns it and whether it was made now."""
+    inputs = _inputs(node, done)
+    identity, semantic, hashes = _identity(node, inputs)
+    found = None
+    if ctx.is_main:
+        try:
+            found = store.find(node.name, identity)
+        except ArtifactError as error:
+            ctx.log(f"[{label}] {node.name}: damaged, making it again ({error})")
+            store.discard(node.name, identity)
+    if _agree(found is not None, ctx):
+        return found or open_artifact(store.path(node.name, identity)), False
+    start = time.monotonic()
+    ctx.log(f"[{label}] {node.name} …")
+    writer = store.writer(node.name, identity)
+    if ctx.is_main:
+        remove_leftovers(writer.path)
+    ctx.barrier(f"start {node.name} {identity}")
+    result = node.stage.load()(node.config, inputs, writer, ctx)
+    ctx.barrier(f"end {node.name} {identity}")
+    seconds = time.monotonic() - start
+    if ctx.is_main:
+        finish(
+            writer,
+            kind=node.stage.kind,
+            identity=identity,
+            version=node.stage.version,
+            config=semantic,
+            inputs={
+                role: {
+                    "hash": value,
+                    "artifact": inputs[role].path.name if role in inputs else "",
+                }
+                for role, value in hashes.items()
+            },
+            result=result,
+            wall_seconds=seconds,
+            recorded={"processes": ctx.process_count, "mesh": config_lib.to_plain(node.config.mesh), "node": node.name},
+        )
+    ctx.barrier(f"manifest {node.name} {identity}")
+    lost = ", ".join(f"{reason} {count:,}" for reason, count in result.dropped.items())
+    ctx.log(f"[{label}] {node.name}: {result.rows_in:,} rows in, {result.rows_out:,} out" + (f"; dropped: {lost}" if lost else "") + f" ({seconds:.1f} s)")
+    return open_artifact(writer.path), True
+
+
+def _agree(value: bool, ctx: Context) -> bool:
+    """Process 0's answer, on every process."""
+    if ctx.process_count == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+# --- files outside the store that an identity depends on ---------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_hash(path: str, size: int, modified: float) -> str:
+    return file_hash(path)
+
+
+def _hash_of(path: Path) -> str:
+    stat = path.stat()
+    return _cached_hash(str(path), stat.st_size, stat.st_mtime)
+
+
+def _task_names(config: ConfigDict) -> list[str]:
+    from dccot_jax.tasks.registry import get_task
+
+    named = [*config.evaluate.iid, *config.evaluate.ood, *config.evaluate.cross]
+    task = get_task(config.traces.task)
+    return [task.name, *(named or [*task.iid, *task.ood, *task.cross])]
+
+
+def task_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of the local files of the training task and every evaluation task."""
+    from dccot_jax.tasks.registry import get_task
+
+    if not config.data_dir:
+        return {}
+    root = Path(config.data_dir).expanduser()
+    names = sorted({name for task in _task_names(config) for name in get_task(task).local_files})
+    return {f"file:{name}": _hash_of(root / name) for name in names if (root / name).exists()}
+
+
+def trace_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of replayed trace files and of the training task's local files."""
+    from dccot_jax.tasks.registry import get_task
+
+    root = Path(config.data_dir).expanduser() if config.data_dir else Path()
+    names = {name for spec in config.traces.teachers for name in spec.get("files", ())}
+    if config.data_dir:
+        names |= set(get_task(config.traces.task).local_files)
+    return {f"file:{name}": _hash_of(root / name) for name in sorted(names) if (root / name).exists()}
+
+
+def student_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of a pretrained student's config, tokenizer and weight files."""
+    found = {}
+    for key in ("path", "tokenizer"):
+        value = config.student[key]
+        folder = Path(value).expanduser()
+        if value and value != "embedded" and folder.is_dir():
+            for path in sorted(folder.iterdir()):
+                if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
+                    found[f"{key}:{path.name}"] = _hash_of(path)
+    return found
+
+
+EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
+    "task_files": task_files,
+    "trace_files": trace_files,
+    "student_files": student_files,
+}
