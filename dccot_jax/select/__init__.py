@@ -1,0 +1,1 @@
+"""Scoring and selection: signals of the student, and pure selectors over them."""

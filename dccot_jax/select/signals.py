@@ -1,0 +1,144 @@
+"""Forward signals: one function per signal, over per-token statistics of the student.
+
+A signal is `f(stats, mask) -> scalar` for one row. `stats[view][stat]` and `mask[view]` have shape [T]: one entry per
+scored completion position, mask 1.0 on real positions and 0.0 on padding. The engine vmaps it over rows and runs one
+forward per view for all requested signals together. Adding a signal is adding one function here.
+
+Views (`select/views.py` builds them; both score exactly the same completion tokens, end-of-turn token included):
+  conditional: the rendered prompt, then the completion.
+  unconditional: the template's assistant header alone, then the completion.
+Statistics: `label_logp` = log p(completion token | what precedes it in the view), nats;
+  `entropy` = H(next-token distribution) at that position, nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dccot_jax.config import ConfigError
+
+VIEWS = ("conditional", "unconditional")
+STATS = ("label_logp", "entropy")
+# Signals that need the student to write an answer; `select/sampled.py` makes their columns.
+SAMPLED = ("student_error",)
+
+Stats = Mapping[str, Mapping[str, jax.Array]]
+Mask = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """A registered forward signal.
+
+    Attributes:
+      name: column in `scores.parquet`. fn: the function over one row.
+      needs: the statistics read from each view, as {view: (stat, ...)}.
+    """
+
+    name: str
+    fn: Callable[[Stats, Mask], jax.Array]
+    needs: Mapping[str, tuple[str, ...]]
+
+
+_REGISTRY: dict[str, Signal] = {}
+
+
+def signal(**needs: Sequence[str]) -> Callable[[Callable[[Stats, Mask], jax.Array]], Callable[[Stats, Mask], jax.Array]]:
+    """Register the decorated function under its own name; `needs` gives the statistics per view.
+
+    Raises ValueError on an unknown view or statistic, or a name that is taken.
+    """
+
+    def register(fn: Callable[[Stats, Mask], jax.Array]) -> Callable[[Stats, Mask], jax.Array]:
+        name = fn.__name__
+        if name in _REGISTRY or name in SAMPLED:
+            raise ValueError(f"signal {name!r} is registered already")
+        for view, stats in needs.items():
+            if view not in VIEWS or not set(stats) <= set(STATS):
+                raise ValueError(f"signal {name!r}: {view}={tuple(stats)} is not a view of {VIEWS} with statistics of {STATS}")
+        _REGISTRY[name] = Signal(name, fn, {view: tuple(stats) for view, stats in needs.items()})
+        return fn
+
+    return register
+
+
+def signal_names() -> tuple[str, ...]:
+    """All signals, forward and sampled, sorted."""
+    return tuple(sorted((*_REGISTRY, *SAMPLED)))
+
+
+def split_signals(names: Iterable[str]) -> tuple[tuple[Signal, ...], tuple[str, ...]]:
+    """Requested names as (forward signals, sampled signal names), each sorted by name and without repeats.
+
+    Raises ConfigError on an unknown name, with the nearest valid one.
+    """
+    wanted = sorted(set(names))
+    for name in wanted:
+        if name not in _REGISTRY and name not in SAMPLED:
+            close = difflib.get_close_matches(name, signal_names(), n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"config.score.signals: {name!r} is not one of {', '.join(signal_names())}{hint}")
+    return tuple(_REGISTRY[n] for n in wanted if n in _REGISTRY), tuple(n for n in wanted if n in SAMPLED)
+
+
+def required_stats(signals: Iterable[Signal]) -> dict[str, tuple[str, ...]]:
+    """{view: statistics} that serve all `signals`; views and statistics in registry order."""
+    merged: dict[str, set[str]] = {}
+    for item in signals:
+        for view, stats in item.needs.items():
+            merged.setdefault(view, set()).update(stats)
+    return {view: tuple(s for s in STATS if s in merged[view]) for view in VIEWS if view in merged}
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over real positions. Padding is selected away, not multiplied, so a non-finite value there cannot leak in."""
+    return jnp.sum(jnp.where(mask > 0, values, 0.0)) / jnp.sum(mask)
+
+
+@signal(conditional=("label_logp",))
+def nll(stats: Stats, mask: Mask) -> jax.Array:
+    """Mean -log p(token | prompt, earlier tokens) over the completion, nats per token."""
+    return -_mean(stats["conditional"]["label_logp"], mask["conditional"])
+
+
+@signal(conditional=("label_logp",))
+def ppl(stats: Stats, mask: Mask) -> jax.Array:
+    """Perplexity of the completion given the prompt: exp(nll)."""
+    return jnp.exp(nll(stats, mask))
+
+
+@signal(unconditional=("label_logp",))
+def nll_unconditional(stats: Stats, mask: Mask) -> jax.Array:
+    """Mean -log p(token | assistant header, earlier tokens) over the completion, nats per token."""
+    return -_mean(stats["unconditional"]["label_logp"], mask["unconditional"])
+
+
+@signal(conditional=("label_logp",), unconditional=("label_logp",))
+def ifd_loss(stats: Stats, mask: Mask) -> jax.Array:
+    """Instruction-following difficulty as in Cherry LLM (arXiv 2308.12032): ratio of mean token losses, s(A|Q) / s(A).
+
+    As there, the unconditional text is the response header and the answer, and every answer token is scored in both
+    views. Higher means that the question helps less; above 1 it misleads. Nothing is dropped here: use `threshold`.
+    """
+    return nll(stats, mask) / nll_unconditional(stats, mask)
+
+
+@signal(conditional=("label_logp",), unconditional=("label_logp",))
+def ifd_ppl(stats: Stats, mask: Mask) -> jax.Array:
+    """Instruction-following difficulty as in Superfiltering (arXiv 2402.00530): ppl(A|Q) / ppl(A) = exp(l_cond - l_uncond).
+
+    One difference from the published script: it scores the answer alone from an empty context, leaving its first token
+    unscored; here both views score the same tokens, the first one given the assistant header.
+    """
+    return jnp.exp(nll(stats, mask) - nll_unconditional(stats, mask))
+
+
+@signal(conditional=("entropy",))
+def entropy(stats: Stats, mask: Mask) -> jax.Array:
+    """Mean entropy of the student's next-token distribution over the completion positions given the prompt, nats."""
+    return _mean(stats["conditional"]["entropy"], mask["conditional"])
