@@ -1,0 +1,1 @@
+"""The report: results.json, samples, a terminal table and one self-contained HTML page."""
