@@ -19,5 +19,5 @@ def get_config():
     c.score.student = "warmup"
     c.select.steps = ({"name": "teacher_correct"},)
     c.train.steps = 600
-    c.evaluate.items = 500
+    c.evaluate.limit = 500
     return c

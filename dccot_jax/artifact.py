@@ -6,6 +6,7 @@ renamed, so a reader never sees half a file; on object stores, where a rename is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -250,10 +251,8 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
         file.write(data)
         file.flush()
         if hasattr(file, "fileno"):
-            try:
+            with contextlib.suppress(OSError, AttributeError):  # object stores have no file descriptor
                 os.fsync(file.fileno())
-            except (OSError, AttributeError):  # object stores have no file descriptor
-                pass
     beside.replace(path)
 
 
@@ -317,7 +316,7 @@ def table_hash(table: pa.Table, by: Sequence[str] = ("id",)) -> str:
       by: columns to sort rows by; together they should identify a row.
     """
     if by and table.num_rows:
-        table = table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in by]))
+        table = table.sort_by([(name, "ascending") for name in by])
     digest = hashlib.sha256()
     for name in sorted(table.column_names):
         column = table.column(name)
@@ -358,11 +357,12 @@ def _hash_array(digest: Any, array: pa.Array | None) -> None:
     digest.update(np.packbits(np.asarray(array.is_null())).tobytes())
     kind = array.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        digest.update(np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64).tobytes())
-        _hash_array(digest, pc.list_flatten(array))
+        lengths = pc.call_function("list_value_length", [array])
+        digest.update(np.asarray(pc.fill_null(lengths, 0), np.int64).tobytes())
+        _hash_array(digest, pc.call_function("list_flatten", [array]))
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         filled = pc.fill_null(array, "" if not pa.types.is_binary(kind) else b"")
-        digest.update(np.asarray(pc.binary_length(filled), np.int64).tobytes())
+        digest.update(np.asarray(pc.call_function("binary_length", [filled]), np.int64).tobytes())
         for value in filled.to_pylist():
             digest.update(value if isinstance(value, bytes) else value.encode())
     elif pa.types.is_boolean(kind):

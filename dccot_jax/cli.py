@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +40,9 @@ flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
 flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
 flags.DEFINE_string("out", None, "Output directory.", flag_values=_FLAGS)
 flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
-flags.DEFINE_bool("distributed", False, "Join other processes; the cluster (Slurm, TPU pod, Kubernetes, MPI) is detected.", flag_values=_FLAGS)
+flags.DEFINE_bool(
+    "distributed", False, "Join other processes; the cluster (Slurm, TPU pod, Kubernetes, MPI) is detected.", flag_values=_FLAGS
+)
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, when the cluster is not detected.", flag_values=_FLAGS)
 flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.", flag_values=_FLAGS)
 flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
@@ -86,6 +90,10 @@ def console() -> None:
 
 def _parse(arguments: Sequence[str]) -> None:
     """Parse flags; turns every complaint into a UsageError of one line."""
+    for argument in arguments:
+        path = argument.removeprefix("--config=").split(":")[0]
+        if argument.startswith("--config=") and not Path(path).is_file():
+            raise UsageError(f"--config={path}: no such file")
     _FLAGS.unparse_flags()
     try:
         left = _FLAGS(["dccot", *arguments])
@@ -112,7 +120,15 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
             except ConfigError as problem:
                 if not key.startswith("arms."):
                     return str(problem)
-    return _one_line(error)
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.name == "get_config":
+            where = f"{frame.filename}, line {frame.lineno}: "
+    missing = re.search(r'Key "(\w+)" does not exist', _one_line(error))
+    nearest = re.search(r'Did you mean "([\w.]+)"', _one_line(error))
+    if missing:
+        return f"{where}no such config key {missing[1]!r}" + (f"; did you mean {nearest[1]!r}?" if nearest else "")
+    return where + _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:
@@ -121,10 +137,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _config() -> config_lib.ConfigDict:
-    if _CONFIG.value is None:
+    config = _CONFIG.value
+    if config is None:
         raise UsageError("--config=FILE.py is needed")
-    config_lib.validate(_CONFIG.value)
-    return _CONFIG.value
+    if not isinstance(config, config_lib.ConfigDict):
+        raise UsageError(
+            f"--config: get_config() returned {type(config).__name__}, not a ConfigDict; start from dccot_jax.config.default_config()"
+        )
+    config_lib.validate(config)
+    return config
 
 
 def _workdir() -> Path:
@@ -217,7 +238,16 @@ def _tasks(console: Console) -> int:
         table.add_column(column, overflow="fold")
     for task in all_tasks():
         at_hand = "yes" if data_at_hand(task, root) else "hub" if task.hub else "no"
-        table.add_row(task.name, task.answer_type, task.domain, " ".join(task.iid), " ".join(task.ood), " ".join(task.cross), at_hand, task.hub or "built in")
+        table.add_row(
+            task.name,
+            task.answer_type,
+            task.domain,
+            " ".join(task.iid),
+            " ".join(task.ood),
+            " ".join(task.cross),
+            at_hand,
+            task.hub or "built in",
+        )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 

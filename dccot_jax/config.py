@@ -92,7 +92,8 @@ def default_config() -> ConfigDict:
     c.score.warmup = ConfigDict({"share": 0.1, "steps": 50})
 
     c.select = ConfigDict()
-    c.select.steps = ()  # selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500})
+    # Selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500}).
+    c.select.steps = ()
 
     c.mix = ConfigDict()
     c.mix.kind = "none"  # none | length | teacher | domain
@@ -139,7 +140,7 @@ def default_config() -> ConfigDict:
     c.evaluate.iid = ()  # task names; all three empty: the training task's own relations
     c.evaluate.ood = ()
     c.evaluate.cross = ()
-    c.evaluate.items = 0  # items per task, chosen by id hash; 0 means all
+    c.evaluate.limit = 0  # items per task, chosen by id hash; 0 means all
     c.evaluate.max_new_tokens = 256
     c.evaluate.batch_rows = 64  # rows generated together
     c.evaluate.gold_nll = True  # mean NLL of the gold rationale, where the task has one
@@ -246,22 +247,42 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "train.remat", ("nothing_saveable", "dots", "none"))
     for method in config.augment.methods:
         if method not in AUGMENT_METHODS:
-            raise ConfigError(f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{_nearest(method, AUGMENT_METHODS)}")
-    for key in ("train.rows_per_step", "train.row_tokens", "train.microbatches", "tokens.max_length", "score.chunk_rows", "evaluate.max_new_tokens"):
+            raise ConfigError(
+                f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{_nearest(method, AUGMENT_METHODS)}"
+            )
+    for key in (
+        "train.rows_per_step",
+        "train.row_tokens",
+        "train.microbatches",
+        "tokens.max_length",
+        "score.chunk_rows",
+        "evaluate.max_new_tokens",
+    ):
         if lookup(config, key) < 1:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
     if config.train.rows_per_step % config.train.microbatches:
-        raise ConfigError(f"config.train.microbatches: {config.train.microbatches} does not divide train.rows_per_step = {config.train.rows_per_step}")
+        raise ConfigError(
+            f"config.train.microbatches: {config.train.microbatches} does not divide train.rows_per_step = {config.train.rows_per_step}"
+        )
     if config.tokens.max_length > config.train.row_tokens:
-        raise ConfigError(f"config.tokens.max_length: {config.tokens.max_length} exceeds train.row_tokens = {config.train.row_tokens}; a row must fit a packed row")
+        raise ConfigError(
+            f"config.tokens.max_length: {config.tokens.max_length} exceeds train.row_tokens = {config.train.row_tokens};"
+            " a row must fit a packed row"
+        )
     if not 0.0 <= config.mix.alpha <= 1.0:
         raise ConfigError(f"config.mix.alpha: {config.mix.alpha} must lie in [0, 1]")
     if config.train.steps == 0 and config.train.epochs <= 0:
         raise ConfigError("config.train.steps: 0 needs train.epochs > 0")
     if not config.traces.teachers:
         raise ConfigError("config.traces.teachers: empty; give at least one teacher, e.g. ({'kind': 'scripted', 'style': 'verbose'},)")
-    if config.curriculum.kind == "staged" and config.curriculum.stage_shares and len(config.curriculum.stage_shares) != config.curriculum.stages:
-        raise ConfigError(f"config.curriculum.stage_shares: {len(config.curriculum.stage_shares)} shares for {config.curriculum.stages} stages")
+    if (
+        config.curriculum.kind == "staged"
+        and config.curriculum.stage_shares
+        and len(config.curriculum.stage_shares) != config.curriculum.stages
+    ):
+        raise ConfigError(
+            f"config.curriculum.stage_shares: {len(config.curriculum.stage_shares)} shares for {config.curriculum.stages} stages"
+        )
     if config.arms:
         for arm in arms(config).values():
             single = arm.copy_and_resolve_references().unlock()
@@ -287,10 +308,21 @@ def _nearest(name: str, accepted: Sequence[str]) -> str:
 
 
 def _unknown(config: ConfigDict, key: str, depth: int) -> str:
+    """Message for a key that fails at its `depth`-th name: nearest name there, else the same leaf name elsewhere."""
+    names = key.split(".")
+    level: Any = config
+    for name in names[:depth]:
+        level = level[name]
+    here = list(level) if isinstance(level, ConfigDict) else []
+    close = difflib.get_close_matches(names[depth], here, n=1)
+    if close:
+        return f"config.{key}: no such key; did you mean config.{'.'.join([*names[:depth], close[0], *names[depth + 1 :]])}?"
     keys = _flat_keys(config)
-    groups = sorted({key.rsplit(".", 1)[0] for key in keys if "." in key})
-    close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.5)
-    return f"config.{key}: no such key" + (f"; did you mean config.{close[0]}?" if close else f"; keys here: {', '.join(sorted(config))}")
+    leaves = difflib.get_close_matches(names[-1], [other.split(".")[-1] for other in keys], n=1, cutoff=0.8)
+    if leaves:
+        found = next(other for other in keys if other.split(".")[-1] == leaves[0])
+        return f"config.{key}: no such key; did you mean config.{found}?"
+    return f"config.{key}: no such key; keys here: {', '.join(sorted(here)) or 'none'}"
 
 
 def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:

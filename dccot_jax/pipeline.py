@@ -93,7 +93,7 @@ STAGES = {
                 "evaluate.iid",
                 "evaluate.ood",
                 "evaluate.cross",
-                "evaluate.items",
+                "evaluate.limit",
                 "evaluate.max_new_tokens",
                 "evaluate.gold_nll",
             ),
@@ -253,7 +253,9 @@ def load_runs(workdir: Path) -> tuple[ConfigDict, list[ArmRun]]:
         flat = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         config = config_lib.override(config, {name: item for name, item in flat.items() if not isinstance(item, dict) or item})
     runs = [
-        ArmRun(entry["arm"], entry["seed"], entry["config"], {name: open_artifact(workdir / path) for name, path in entry["artifacts"].items()})
+        ArmRun(
+            entry["arm"], entry["seed"], entry["config"], {name: open_artifact(workdir / path) for name, path in entry["artifacts"].items()}
+        )
         for entry in entries
     ]
     return config, runs
@@ -309,7 +311,11 @@ def _write_index(workdir: Path, runs: Sequence[ArmRun]) -> None:
             "arm": run.arm,
             "seed": run.seed,
             "config": run.config,
-            "artifacts": {name: str(artifact.path.relative_to(workdir)) for name, artifact in run.artifacts.items() if artifact.path.is_relative_to(workdir)},
+            "artifacts": {
+                name: str(artifact.path.relative_to(workdir))
+                for name, artifact in run.artifacts.items()
+                if artifact.path.is_relative_to(workdir)
+            },
         }
         for run in runs
     ]
@@ -388,7 +394,11 @@ def _make(store: Store, node: Node, done: Mapping[str, Artifact], label: str, ct
         )
     ctx.barrier(f"manifest {node.name} {identity}")
     lost = ", ".join(f"{reason} {count:,}" for reason, count in result.dropped.items())
-    ctx.log(f"[{label}] {node.name}: {result.rows_in:,} rows in, {result.rows_out:,} out" + (f"; dropped: {lost}" if lost else "") + f" ({seconds:.1f} s)")
+    ctx.log(
+        f"[{label}] {node.name}: {result.rows_in:,} rows in, {result.rows_out:,} out"
+        + (f"; dropped: {lost}" if lost else "")
+        + f" ({seconds:.1f} s)"
+    )
     return open_artifact(writer.path), True
 
 
