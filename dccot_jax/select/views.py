@@ -49,7 +49,7 @@ class Tile:
 
 
 def bucket_length(tokens: int) -> int:
-    """The smallest bucket that holds `tokens`: multiples of 32 up to 128, then four (three) steps per doubling.
+    """The smallest bucket that holds `tokens`: multiples of 32 up to 256, then four steps per doubling.
 
     32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, ...: padding is at most a fifth beyond 128 tokens.
     """
@@ -119,7 +119,7 @@ def completion_context(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     if not header and tokenizer.eos_token_id is not None:
         header = [tokenizer.eos_token_id]
     if not header:
-        raise ValueError("the tokenizer has no assistant header, no BOS and no EOS token: the unconditional view has no first context token")
+        raise ValueError("the tokenizer has no assistant header, BOS or EOS token: nothing can precede the completion in the unconditional view")
     return [int(token) for token in header]
 
 

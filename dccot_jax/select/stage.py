@@ -1,0 +1,125 @@
+"""Stage `select`: verified traces, token counts and scores in, ids kept and a reason for every other id out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+from ml_collections import ConfigDict
+
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
+from dccot_jax.config import to_plain
+from dccot_jax.context import Context
+from dccot_jax.records import Dropped, Trace, count_reasons, table_to_traces
+from dccot_jax.select.selectors import FIELDS, Candidate, apply_steps, describe
+
+_NOT_SIGNALS = ("id", "group_id", "prompt_tokens", "completion_tokens")
+
+
+def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
+    """Apply `cfg.select.steps`; host only, process 0 writes.
+
+    Reads `traces` of ``verify``, `tokens` of ``tokenize`` and, where present, `scores` of ``score``.
+    Writes kept.parquet (id) and dropped.parquet (id, reason, detail); every row of `tokens` is in exactly one of them.
+    Facts: `funnel`, a list with rows, groups and completion tokens in and out and drops per reason for each step.
+
+    Raises ConfigError (malformed step, signal not scored) or SelectionError (nothing kept) with one clear line.
+    """
+    traces = table_to_traces(inputs["verify"].table("traces"))
+    tokens = inputs["tokenize"].table("tokens").select(["id", "prompt_tokens", "completion_tokens"]).to_pylist()
+    scores = inputs["score"].table("scores") if "score" in inputs else None
+    columns = [name for name in scores.column_names if name not in _NOT_SIGNALS] if scores is not None else []
+    by_id = {row["id"]: row for row in scores.to_pylist()} if scores is not None else {}
+    candidates, incomplete = make_candidates(traces, tokens, by_id, columns)
+    steps = to_plain(cfg.select.steps)
+    kept, dropped, reports = apply_steps(candidates, steps, seed=cfg.seed, available=columns)
+
+    dropped = sorted([*incomplete, *dropped], key=lambda d: d.id)
+    table = pa.table({"id": pa.array(sorted(i for c in kept for i in c.ids), pa.string())})
+    if ctx.is_main:
+        out.write_table("kept", table)
+        out.write_dropped(dropped)
+    for report in reports:
+        ctx.log(f"  {report.step}: {report.rows_out:,} of {report.rows_in:,} rows, {report.tokens_out:,} of {report.tokens_in:,} tokens")
+    return StageResult(
+        logical_hash=table_hash(table),
+        rows_in=len(tokens),
+        rows_out=table.num_rows,
+        dropped=count_reasons(dropped),
+        facts={
+            "steps": [describe(step) for step in steps],
+            "funnel": [dataclasses.asdict(report) for report in reports],
+            "completion_tokens": sum(c.completion_tokens for c in kept),
+            "groups": len(kept),
+        },
+    )
+
+
+def make_candidates(
+    traces: Sequence[Trace], tokens: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
+) -> tuple[list[Candidate], list[Dropped]]:
+    """Group tokenised rows for the selectors.
+
+    Args:
+      traces: the verified rows. tokens: rows with id, prompt_tokens, completion_tokens; rows without tokens were dropped there.
+      scores: {id: row of the score table}; a row that was dropped while scoring is absent. columns: score columns.
+
+    Returns:
+      candidates, and the rows of groups of which a part has no tokens (reason ``group_incomplete``).
+
+    Raises ValueError if a tokenised row is not among the traces.
+    """
+    known = {trace.id for trace in traces}
+    lost = next((row["id"] for row in tokens if row["id"] not in known), None)
+    if lost is not None:
+        raise ValueError(f"tokens row {lost} is not among the verified traces: the artifacts do not belong together")
+    counts = {row["id"]: row for row in tokens}
+    groups: dict[str, list[Trace]] = defaultdict(list)
+    for trace in traces:
+        groups[trace.group_id].append(trace)
+    candidates, incomplete = [], []
+    for group_id, members in sorted(groups.items()):
+        present = sorted((t for t in members if t.id in counts), key=lambda t: t.id)
+        if len(present) < len(members):
+            missing = ", ".join(sorted(t.part for t in members if t.id not in counts))
+            incomplete += [Dropped(t.id, "group_incomplete", f"no tokens for its {missing}") for t in present]
+            continue
+        candidates.append(_candidate(group_id, present, counts, scores, columns))
+    return candidates, incomplete
+
+
+def _candidate(
+    group_id: str, members: Sequence[Trace], counts: Mapping[str, Any], scores: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
+) -> Candidate:
+    forward = [t for t in members if t.part == "forward"] or list(members)
+    values = {}
+    for name in (*columns, *FIELDS):
+        found = [_value(name, t, counts, scores) for t in forward]
+        if all(value is not None for value in found):
+            values[name] = fmean(value for value in found if value is not None)
+    verdict, reason = _group_verdict(members, forward)
+    completion_tokens = sum(counts[t.id]["completion_tokens"] for t in members)
+    return Candidate(group_id, tuple(t.id for t in members), completion_tokens, verdict, reason, values)
+
+
+def _value(name: str, trace: Trace, counts: Mapping[str, Any], scores: Mapping[str, Mapping[str, Any]]) -> float | None:
+    if name == "n_steps":
+        return trace.n_steps
+    if name in FIELDS:
+        return counts[trace.id][name]
+    return scores[trace.id][name] if trace.id in scores else None
+
+
+def _group_verdict(members: Sequence[Trace], forward: Sequence[Trace]) -> tuple[bool | None, str]:
+    """Wrong if any part is wrong; not verified if a forward part is not; else correct."""
+    for trace in members:
+        if trace.verdict is False:
+            return False, trace.verdict_reason
+    for trace in forward:
+        if trace.verdict is None:
+            return None, trace.verdict_reason
+    return True, ""
