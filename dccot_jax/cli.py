@@ -33,19 +33,23 @@ from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 
 _FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
-flags.DEFINE_string("workdir", None, "Where artifacts and the report go.", flag_values=_FLAGS)
-flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
-flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
-flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
-flags.DEFINE_string("out", None, "Output directory.", flag_values=_FLAGS)
-flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
-flags.DEFINE_bool(
-    "distributed", False, "Join other processes; the cluster (Slurm, TPU pod, Kubernetes, MPI) is detected.", flag_values=_FLAGS
-)
-flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, when the cluster is not detected.", flag_values=_FLAGS)
-flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.", flag_values=_FLAGS)
-flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
+
+
+def _define_flags() -> None:
+    """(Re)define every flag: parsing a config file adds flags of its own, which must not outlive one command."""
+    for name in list(_FLAGS):
+        delattr(_FLAGS, name)
+    config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where artifacts and the report go.", flag_values=_FLAGS)
+    flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
+    flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
+    flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
+    flags.DEFINE_string("out", None, "Output directory.", flag_values=_FLAGS)
+    flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
+    flags.DEFINE_bool("distributed", False, "Join other processes; Slurm, TPU pods, Kubernetes and MPI are detected.", flag_values=_FLAGS)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the cluster is not detected.", flag_values=_FLAGS)
+    flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.", flag_values=_FLAGS)
+    flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
 
 
 class UsageError(ValueError):
@@ -94,7 +98,8 @@ def _parse(arguments: Sequence[str]) -> None:
         path = argument.removeprefix("--config=").split(":")[0]
         if argument.startswith("--config=") and not Path(path).is_file():
             raise UsageError(f"--config={path}: no such file")
-    _FLAGS.unparse_flags()
+    _define_flags()
+    before, sys.argv = sys.argv, ["dccot", *arguments]  # config_flags looks for overrides there
     try:
         left = _FLAGS(["dccot", *arguments])
     except flags.Error as error:
@@ -103,6 +108,8 @@ def _parse(arguments: Sequence[str]) -> None:
         raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UsageError(_explain(error, arguments)) from None
+    finally:
+        sys.argv = before
     if len(left) > 1:
         raise UsageError(f"unexpected argument {left[1]!r}")
     if not flags.FLAGS.is_parsed():
@@ -137,7 +144,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _config() -> config_lib.ConfigDict:
-    config = _CONFIG.value
+    config = _FLAGS.config
     if config is None:
         raise UsageError("--config=FILE.py is needed")
     if not isinstance(config, config_lib.ConfigDict):

@@ -151,7 +151,8 @@ def default_config() -> ConfigDict:
     c.report.bootstrap = 2000
     c.report.compare = ()  # pairs of arm names for paired tests, e.g. (("correct_noisy", "vanilla_noisy"),)
 
-    c.arms = ConfigDict()  # arm name -> {dotted key: value}; empty: one arm named after the run
+    # Each arm: its name and the dotted keys it changes, e.g. ({"name": "no_cot", "tokens.format": "no_cot"},); (): one arm.
+    c.arms = ()
     return c.lock()
 
 
@@ -216,15 +217,24 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def arms(config: ConfigDict) -> dict[str, ConfigDict]:
-    """One config per arm, in the given order; a config without arms is one arm named after the run."""
+    """One config per arm, in the given order; a config without arms is one arm named after the run.
+
+    Raises ConfigError on an arm without a name, a name used twice, or a change that `override` refuses.
+    """
     if not config.arms:
         return {config.name: config}
-    found = {}
-    for name, changes in config.arms.items():
-        flat = dict(changes)
-        if "arms" in flat or "seeds" in flat:
-            raise ConfigError(f"config.arms.{name}: 'arms' and 'seeds' cannot be changed by an arm")
-        found[name] = override(config, flat)
+    found: dict[str, ConfigDict] = {}
+    for place, arm in enumerate(config.arms):
+        changes = dict(arm)
+        name = changes.pop("name", None)
+        if not isinstance(name, str) or not name or name in found or name == "base":
+            raise ConfigError(f"config.arms[{place}].name: {name!r} must be a non-empty string, used once, and not 'base'")
+        if {"arms", "seeds"} & set(changes):
+            raise ConfigError(f"config.arms[{place}] ({name}): 'arms' and 'seeds' cannot be changed by an arm")
+        try:
+            found[name] = override(config, {**changes, "arms": ()})
+        except ConfigError as error:
+            raise ConfigError(f"config.arms[{place}] ({name}): {error}") from None
     return found
 
 
@@ -285,9 +295,7 @@ def validate(config: ConfigDict) -> None:
         )
     if config.arms:
         for arm in arms(config).values():
-            single = arm.copy_and_resolve_references().unlock()
-            single.arms = ConfigDict()
-            validate(single.lock())
+            validate(arm)
     canonical_json(to_plain(config))
 
 
@@ -329,7 +337,7 @@ def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     keys = []
     for name, value in config.items():
         full = f"{prefix}{name}"
-        keys += _flat_keys(value, f"{full}.") if isinstance(value, ConfigDict) and value and full != "arms" else [full]
+        keys += _flat_keys(value, f"{full}.") if isinstance(value, ConfigDict) and value else [full]
     return keys
 
 

@@ -245,11 +245,7 @@ def load_runs(workdir: Path) -> tuple[ConfigDict, list[ArmRun]]:
     entries = json.loads(index.read_text())
     plain = json.loads((workdir / "config.json").read_text())
     config = config_lib.default_config()
-    with config.unlocked():
-        config.arms = ConfigDict()
     for key, value in plain.items():
-        if key == "arms":
-            continue
         flat = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         config = config_lib.override(config, {name: item for name, item in flat.items() if not isinstance(item, dict) or item})
     runs = [

@@ -1,0 +1,107 @@
+"""Configs: unknown keys, ill-typed values and impossible combinations fail before any work and say what is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dccot_jax import config as config_lib
+from dccot_jax.cli import main
+from dccot_jax.config import ConfigError
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
+
+
+def test_defaults_are_valid():
+    config_lib.validate(config_lib.default_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.stepz": 3}, ["train.stepz", "train.steps"]),
+        ({"trian.steps": 3}, ["trian.steps", "train.steps"]),
+        ({"train.steps": "many"}, ["train.steps", "many", "int"]),
+    ],
+)
+def test_override_names_field_and_nearest(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.override(config_lib.default_config(), changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mix.kind": "lenght"}, ["mix.kind", "lenght", "length"]),
+        ({"train.microbatches": 5}, ["microbatches", "rows_per_step"]),
+        ({"tokens.max_length": 4096}, ["tokens.max_length", "row_tokens"]),
+        ({"augment.methods": ("rephase",)}, ["rephase", "rephrase"]),
+        ({"traces.teachers": ()}, ["traces.teachers", "empty"]),
+        ({"mix.alpha": 1.5}, ["mix.alpha", "1.5"]),
+        ({"train.rows_per_step": 0}, ["rows_per_step", "at least 1"]),
+    ],
+)
+def test_validate_names_field_value_and_what_is_accepted(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config_lib.override(config_lib.default_config(), changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_arms_are_checked_too():
+    for arm, words in [({"name": "a", "mix.kind": "nope"}, "mix.kind"), ({"name": "a", "mix.knd": "x"}, "mix.kind"), ({}, "name")]:
+        config = config_lib.override(config_lib.default_config(), {"arms": (arm,)})
+        with pytest.raises(ConfigError, match=words):
+            config_lib.validate(config)
+
+
+def test_slice_leaves_out_what_changes_no_result():
+    config = config_lib.default_config()
+    first = config_lib.config_slice(config, ("train", "score"))
+    second = config_lib.config_slice(config_lib.override(config, {"score.batch_tiles": 9, "train.log_every": 1}), ("train", "score"))
+    assert first == second
+    assert first != config_lib.config_slice(config_lib.override(config, {"train.learning_rate": 1.0}), ("train", "score"))
+
+
+def test_override_leaves_the_original_alone():
+    config = config_lib.default_config()
+    config_lib.override(config, {"train.steps": 7, "mix.weights": {"a": 1.0}})
+    assert config.train.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.train.stepz=3"], ["train.stepz", "train.steps"]),
+        (["--config.train.steps=abc"], ["train.steps", "abc"]),
+        (["--config.mix.kind=lenght"], ["mix.kind", "did you mean 'length'"]),
+        (["--confg=x"], ["confg"]),
+    ],
+)
+def test_command_line_complains_in_one_line(arguments, words, capsys):
+    assert main(["validate", f"--config={QUICKSTART}", *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def test_config_file_errors_name_file_and_line(tmp_path, capsys):
+    missing = tmp_path / "no.py"
+    assert main(["validate", f"--config={missing}"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from dccot_jax.config import default_config\ndef get_config():\n    c = default_config()\n    c.train.stps = 1\n    return c\n"
+    )
+    assert main(["validate", f"--config={wrong}"]) == 2
+    error = capsys.readouterr().err
+    assert "wrong.py, line 4" in error and "'steps'" in error
+
+
+def test_unknown_command_lists_commands(capsys):
+    assert main(["rum"]) == 2
+    assert "run" in capsys.readouterr().err
