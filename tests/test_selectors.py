@@ -219,16 +219,15 @@ def test_groups_are_scored_by_their_forward_part_and_dropped_whole():
     rows = [*reverse, *torn, *wrong, *single]
     tokens = [{"id": t.id, "prompt_tokens": 3, "completion_tokens": 10 + i} for i, t in enumerate(rows) if t is not torn[1]]
     scores = {t.id: {"nll": float(i)} for i, t in enumerate(rows) if t is not reverse[1]}
-    candidates, incomplete = make_candidates(rows, tokens, scores, ["nll"])
-    assert [d.id for d in incomplete] == [torn[0].id]
-    assert incomplete[0].reason == "group_incomplete" and "backward_question" in incomplete[0].detail
+    candidates = make_candidates(rows, tokens, scores, ["nll"])
     found = {c.group_id: c for c in candidates}
     assert found["G"].values["nll"] == 0.0 and found["G"].verdict is True
     assert found["G"].completion_tokens == 10 + 11 + 12 and len(found["G"].ids) == 3
     assert found["K"].verdict is False
     assert found[single[0].id].values["nll"] == float(len(rows) - 1)
+    assert found["H"].ids == (torn[0].id,)  # a part without tokens (a format that does not train it) is not a row
     kept, dropped, _ = apply_steps(candidates, [{"name": "teacher_correct"}], seed=0, available=["nll"])
-    assert ids(kept) == {t.id for t in (*reverse, *single)}
+    assert ids(kept) == {t.id for t in (*reverse, torn[0], *single)}
     assert {d.id for d in dropped} == {t.id for t in wrong}
     with pytest.raises(ValueError, match="do not belong together"):
         make_candidates(rows[1:], tokens, scores, ["nll"])

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.config import to_plain
 from dccot_jax.context import Context
-from dccot_jax.records import Dropped, Trace, count_reasons, table_to_traces
+from dccot_jax.records import Trace, count_reasons, table_to_traces
 from dccot_jax.select.selectors import FIELDS, Candidate, apply_steps, describe
 
 _NOT_SIGNALS = ("id", "group_id", "prompt_tokens", "completion_tokens")
@@ -34,11 +34,10 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     scores = inputs["score"].table("scores") if "score" in inputs else None
     columns = [name for name in scores.column_names if name not in _NOT_SIGNALS] if scores is not None else []
     by_id = {row["id"]: row for row in scores.to_pylist()} if scores is not None else {}
-    candidates, incomplete = make_candidates(traces, tokens, by_id, columns)
+    candidates = make_candidates(traces, tokens, by_id, columns)
     steps = to_plain(cfg.select.steps)
     kept, dropped, reports = apply_steps(candidates, steps, seed=cfg.seed, available=columns)
 
-    dropped = sorted([*incomplete, *dropped], key=lambda d: d.id)
     table = pa.table({"id": pa.array(sorted(i for c in kept for i in c.ids), pa.string())})
     if ctx.is_main:
         out.write_table("kept", table)
@@ -61,35 +60,24 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 
 def make_candidates(
     traces: Sequence[Trace], tokens: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
-) -> tuple[list[Candidate], list[Dropped]]:
-    """Group tokenised rows for the selectors.
+) -> list[Candidate]:
+    """Group tokenised rows for the selectors, sorted by group id.
 
     Args:
-      traces: the verified rows. tokens: rows with id, prompt_tokens, completion_tokens; rows without tokens were dropped there.
+      traces: the verified rows. tokens: rows with id, prompt_tokens, completion_tokens. Rows without tokens do not take
+        part; tokenising has dropped their groups whole, or left out parts that its format does not train.
       scores: {id: row of the score table}; a row that was dropped while scoring is absent. columns: score columns.
-
-    Returns:
-      candidates, and the rows of groups of which a part has no tokens (reason ``group_incomplete``).
 
     Raises ValueError if a tokenised row is not among the traces.
     """
-    known = {trace.id for trace in traces}
-    lost = next((row["id"] for row in tokens if row["id"] not in known), None)
-    if lost is not None:
-        raise ValueError(f"tokens row {lost} is not among the verified traces: the artifacts do not belong together")
+    known = {trace.id: trace for trace in traces}
     counts = {row["id"]: row for row in tokens}
     groups: dict[str, list[Trace]] = defaultdict(list)
-    for trace in traces:
-        groups[trace.group_id].append(trace)
-    candidates, incomplete = [], []
-    for group_id, members in sorted(groups.items()):
-        present = sorted((t for t in members if t.id in counts), key=lambda t: t.id)
-        if len(present) < len(members):
-            missing = ", ".join(sorted(t.part for t in members if t.id not in counts))
-            incomplete += [Dropped(t.id, "group_incomplete", f"no tokens for its {missing}") for t in present]
-            continue
-        candidates.append(_candidate(group_id, present, counts, scores, columns))
-    return candidates, incomplete
+    for row_id in sorted(counts):
+        if row_id not in known:
+            raise ValueError(f"tokens row {row_id} is not among the verified traces: the artifacts do not belong together")
+        groups[known[row_id].group_id].append(known[row_id])
+    return [_candidate(group_id, members, counts, scores, columns) for group_id, members in sorted(groups.items())]
 
 
 def _candidate(

@@ -119,7 +119,7 @@ def completion_context(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     if not header and tokenizer.eos_token_id is not None:
         header = [tokenizer.eos_token_id]
     if not header:
-        raise ValueError("the tokenizer has no assistant header, BOS or EOS token: nothing can precede the completion in the unconditional view")
+        raise ValueError("the tokenizer has no assistant header, BOS or EOS token: the unconditional view would start from nothing")
     return [int(token) for token in header]
 
 
