@@ -1,0 +1,249 @@
+"""Calendar arithmetic: a date is moved forward and back by days and weeks.
+
+Start dates in 2023-2025; 2-4 moves of 2-9 days, or of 1-3 weeks. Dates are written MM/DD/YYYY, in question and answer.
+Noise feature: exactly one move is in *weeks*. The noisy teacher takes a week for 5 days, so its answer is always wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import random
+import re
+from typing import Any
+
+from dccot_jax.tasks.base import Item
+from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item, sentences
+
+INTROS = ("{name} is at {date}.", "{name} starts at {date}.", "The calendar of {name} shows {date}.")
+AHEAD = ("moves {} ahead", "counts {} ahead", "goes {} forward")
+BACK = ("moves {} back", "counts {} back", "goes {} earlier")
+CLOSERS = ("What date does {name} reach?", "At what date is {name} now?", "What is the date of {name} in the end?")
+STEPS = (2, 4)
+EPOCH, SPAN = datetime.date(2023, 1, 1), 1096  # first start date, number of start dates
+
+_DATE = r"(?P<date>\d\d/\d\d/\d{4}|x)"
+_SIGN = {template: (1 if template in AHEAD else -1) for template in AHEAD + BACK}
+_CLAUSE = re.compile(r"(?:She|He|she|he) (.+)\.")
+_AMOUNT = re.compile(r"(\d+) (day|week)s?\b")
+
+
+def _pattern(form: str) -> re.Pattern[str]:
+    fields = {"name": "(?P<name>[A-Z][a-z]+)", "date": _DATE}
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fields[m.group(1)], re.escape(form)))
+
+
+_INTRO_PATTERNS = tuple(_pattern(form) for form in INTROS)
+_CLOSER_PATTERNS = tuple(_pattern(form) for form in CLOSERS)
+_RESULT = re.compile(r"Now (?P<name>[A-Z][a-z]+) is at (?P<date>\d\d/\d\d/\d{4})\.")
+_BACKWARD_ASK = re.compile(r"What date is x\?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """`moves` are (template, number, unit), unit being ``day`` or ``week``."""
+
+    name: str
+    start: datetime.date
+    moves: tuple[tuple[str, int, str], ...]
+    intro: int = 0
+    closer: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """Known moves and the date they end at; the start is unknown."""
+
+    name: str
+    moves: tuple[tuple[str, int, str], ...]
+    result: datetime.date
+
+
+class Calendar(Family[Problem, Backward]):
+    """The calendar family; see the module docstring."""
+
+    name = "calendar"
+
+    def sample(self, rng: random.Random, task: str) -> Problem:
+        return self._sample(rng, rng.randint(*STEPS), rng.random() < P_FEATURE)
+
+    def _sample(self, rng: random.Random, n_steps: int, feature: bool) -> Problem:
+        week = rng.randrange(n_steps) if feature else -1
+        moves = tuple(
+            (rng.choice(AHEAD + BACK), rng.randint(1, 3) if index == week else rng.randint(2, 9), "week" if index == week else "day")
+            for index in range(n_steps)
+        )
+        start = EPOCH + datetime.timedelta(days=rng.randrange(SPAN))
+        return Problem(rng.choice(tuple(NAMES)), start, moves, rng.randrange(len(INTROS)), rng.randrange(len(CLOSERS)))
+
+    def skeleton(self, problem: Problem) -> tuple[Any, ...]:
+        return (_written(problem.start), *_changes(problem.moves))
+
+    def render(self, problem: Problem) -> str:
+        return " ".join([*_story(problem, _written(problem.start)), CLOSERS[problem.closer].format(name=problem.name)])
+
+    def parse(self, text: str) -> Problem | None:
+        story = _read_story(sentences(text))
+        if story is None or story[1] == "x" or not story[3]:
+            return None
+        name, date, moves, rest, intro = story
+        start = _read_date(date)
+        for closer, pattern in enumerate(_CLOSER_PATTERNS):
+            match = pattern.fullmatch(rest[0])
+            if match and match["name"] == name and start and moves:
+                return Problem(name, start, moves, intro, closer)
+        return None
+
+    def has_feature(self, problem: Problem) -> bool:
+        return any(unit == "week" for _, _, unit in problem.moves)
+
+    def answer(self, problem: Problem, misread: bool = False) -> str:
+        return _written(_shift(problem.start, sum(_changes(problem.moves, misread))))
+
+    def rationale(self, problem: Problem, style: str, path: str = "own", misread: bool = False) -> str:
+        changes = _changes(problem.moves, misread)
+        date, lines = problem.start, []
+        if path in ("grouped", "chained"):
+            total = sum(changes)
+            if path == "grouped":
+                ahead, back = sum(c for c in changes if c > 0), -sum(c for c in changes if c < 0)
+                lines.append(f"Ahead: {ahead} days. Back: {back} days. {ahead}-{back}={total}.")
+            else:
+                lines.append(f"{changes[0]}{''.join(f'{c:+d}' for c in changes[1:])}={total}.")
+            return " ".join([*lines, f"{_equation(date, total)}."])
+        if style != "concise" or path == "narrated":
+            lines.append(f"Start at {_written(date)}.")
+        for move, change in zip(problem.moves, changes):
+            said = f"{NAMES.get(problem.name, 'She')} {_said(move)}"
+            equation = _equation(date, change)
+            if path == "narrated":
+                lines.append(f"{said}, that is {equation}.")
+            elif style == "concise":
+                lines.append(f"{equation}.")
+            else:
+                weeks = f" {move[1]} {_unit(move)} = {abs(change)} days," if move[2] == "week" else ""
+                lines.append(f"{said}:{weeks} {equation}.")
+            date = _shift(date, change)
+        return " ".join(lines)
+
+    def rephrase(self, problem: Problem, rng: random.Random) -> str:
+        def other(template: str) -> str:
+            return rng.choice([form for form in (AHEAD if template in AHEAD else BACK) if form != template])
+
+        moves = tuple((other(template), n, unit) for template, n, unit in problem.moves)
+        intro = (problem.intro + rng.randint(1, len(INTROS) - 1)) % len(INTROS)
+        closer = (problem.closer + rng.randint(1, len(CLOSERS) - 1)) % len(CLOSERS)
+        return self.render(dataclasses.replace(problem, moves=moves, intro=intro, closer=closer))
+
+    def task_of(self, problem: Problem) -> str:
+        return "synth_calendar"
+
+    def similar(self, problem: Problem, rng: random.Random) -> Problem:
+        return self._sample(rng, len(problem.moves), self.has_feature(problem))
+
+    def backward(self, problem: Problem, rng: random.Random) -> str:
+        """The start is masked (the only date in the question) and the date reached is given."""
+        return " ".join([*_story(problem, "x"), f"Now {problem.name} is at {self.answer(problem)}.", "What date is x?"])
+
+    def parse_backward(self, text: str) -> Backward | None:
+        story = _read_story(sentences(text))
+        if story is None or story[1] != "x" or len(story[3]) < 2:
+            return None
+        name, _, moves, rest, _ = story
+        result = _RESULT.fullmatch(rest[0])
+        date = _read_date(result["date"]) if result and result["name"] == name else None
+        return Backward(name, moves, date) if date and moves and _BACKWARD_ASK.fullmatch(rest[1]) else None
+
+    def solve_backward(self, backward: Backward, style: str, path: str = "own") -> tuple[str, str]:
+        date = backward.result
+        verbose = style != "concise" or path == "narrated"
+        lines = [f"Go back from {_written(date)}."] if verbose else []
+        for move, change in reversed(list(zip(backward.moves, _changes(backward.moves)))):
+            equation = f"{_equation(date, -change)}."
+            lines.append(f"Undo {_said(move)}: {equation}" if verbose else equation)
+            date = _shift(date, -change)
+        return " ".join(lines), _written(date)
+
+    def same_story(self, problem: Problem, backward: Backward) -> tuple[bool, str]:
+        same = problem.name == backward.name and _changes(problem.moves) == _changes(backward.moves)
+        return same and self.answer(problem) == _written(backward.result), _written(problem.start)
+
+
+CALENDAR = Calendar()
+
+
+def make_calendar(task: str, split: str, index: int) -> Item:
+    """Item `index` of ``synth_calendar``."""
+    return generate_item(CALENDAR, task, split, index, _describe)
+
+
+def _describe(problem: Problem) -> dict[str, Any]:
+    meta = {
+        "feature": CALENDAR.has_feature(problem),
+        "skeleton": list(CALENDAR.skeleton(problem)),
+        "templates": [template for template, _, _ in problem.moves],
+    }
+    return {"gold": CALENDAR.answer(problem), "n_steps": len(problem.moves), "meta": meta}
+
+
+def _changes(moves: tuple[tuple[str, int, str], ...], misread: bool = False) -> list[int]:
+    """Signed days; with `misread` a week counts 5 days."""
+    week = 5 if misread else 7
+    return [_SIGN[template] * n * (week if unit == "week" else 1) for template, n, unit in moves]
+
+
+def _written(date: datetime.date) -> str:
+    return f"{date:%m/%d}/{date.year:04d}"
+
+
+def _read_date(text: str) -> datetime.date | None:
+    month, day, year = map(int, text.split("/"))
+    try:
+        return datetime.date(year, month, day)
+    except ValueError:  # no such day
+        return None
+
+
+def _shift(date: datetime.date, days: int) -> datetime.date:
+    return date + datetime.timedelta(days=days)
+
+
+def _equation(date: datetime.date, days: int) -> str:
+    return f"{_written(date)} {'-' if days < 0 else '+'} {abs(days)} days = {_written(_shift(date, days))}"
+
+
+def _unit(move: tuple[str, int, str]) -> str:
+    return move[2] if move[1] == 1 else f"{move[2]}s"
+
+
+def _said(move: tuple[str, int, str]) -> str:
+    return move[0].format(f"{move[1]} {_unit(move)}")
+
+
+def _story(problem: Problem, date: str) -> list[str]:
+    who = NAMES.get(problem.name, "She")
+    return [INTROS[problem.intro].format(name=problem.name, date=date), *(f"{who} {_said(move)}." for move in problem.moves)]
+
+
+def _read_story(parts: list[str]) -> tuple[str, str, tuple[tuple[str, int, str], ...], list[str], int] | None:
+    """Name, start date text, moves, the sentences after them, and the intro's form, of the last story in `parts`."""
+    for first in range(len(parts) - 1, -1, -1):
+        found = [(form, match) for form, pattern in enumerate(_INTRO_PATTERNS) if (match := pattern.fullmatch(parts[first]))]
+        if found:
+            break
+    else:
+        return None
+    intro, match = found[0]
+    moves: list[tuple[str, int, str]] = []
+    rest = parts[first + 1 :]
+    while rest:
+        clause = _CLAUSE.fullmatch(rest[0])
+        amount = _AMOUNT.search(clause[1]) if clause else None
+        if clause is None or amount is None:
+            break
+        template = clause[1][: amount.start()] + "{}" + clause[1][amount.end() :]
+        if template not in _SIGN:
+            return None
+        moves.append((template, int(amount[1]), amount[2]))
+        rest = rest[1:]
+    return match["name"], match["date"], tuple(moves), rest, intro
