@@ -1,0 +1,156 @@
+"""The decoder: declared once with Flax NNX, then a plain function of a nested dict of arrays.
+
+Parameters: {"embed", "layers": {name: [L, ...]}, "final_norm", "head" where untied}; names, shapes and axes are in
+`model/sharding.py`. Layers are stacked on axis 0 and scanned under `jax.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dccot_jax.model.attention import attend, causal_segment_mask, rope_tables, rotate
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.linear import SAVED, linear
+from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "none": None,
+}
+
+
+class Block(nnx.Module):
+    """One layer's parameters: normal with deviation D^-1/2; matrices that write to the residual stream divided by sqrt(2 L)."""
+
+    def __init__(self, mc: ModelConfig, rngs: nnx.Rngs):
+        for name, (_, *shape) in weight_shapes(mc)["layers"].items():
+            setattr(self, name, nnx.Param(_initial(mc, name, tuple(shape), rngs)))
+
+
+class Decoder(nnx.Module):
+    """The whole parameter tree; only its declaration is used, see `init_params`."""
+
+    def __init__(self, mc: ModelConfig, rngs: nnx.Rngs):
+        shapes = weight_shapes(mc)
+
+        @nnx.split_rngs(splits=mc.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(mc, rngs)
+
+        self.layers = stack(rngs)
+        for name in shapes.keys() - {"layers"}:
+            setattr(self, name, nnx.Param(_initial(mc, name, shapes[name], rngs)))
+
+
+def init_params(mc: ModelConfig, key: jax.Array | int) -> Params:
+    """Random float32 parameters from a key or a seed, made in their shardings when a mesh is in use.
+
+    The values do not depend on the mesh.
+    """
+
+    def make(key: jax.Array) -> Params:
+        _, state = nnx.split(Decoder(mc, nnx.Rngs(key)))
+        return nnx.to_pure_dict(state)
+
+    key = jax.random.key(key) if isinstance(key, int) else key
+    mesh = explicit_mesh()
+    if mesh is None:
+        return jax.jit(make)(key)
+    # Drawn replicated per leaf in the program, laid out by the compiler: Auto axes inside, the table outside.
+    specs = param_specs(mc)
+    return jax.jit(lambda key: jax.tree.map(jax.reshard, make(key), specs), out_shardings=specs)(key)
+
+
+def forward(
+    params: Params,
+    mc: ModelConfig,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "nothing_saveable",
+) -> jax.Array:
+    """Hidden states after the final norm.
+
+    Args:
+      tokens, segment_ids, positions: int32 [B, T]; segment ids 1-based with 0 for padding, positions restarted.
+      compute_dtype: dtype of activations and products; norms, rotary angles and softmax are float32.
+      remat: "nothing_saveable", "dots" (projections are kept) or "none".
+
+    Returns:
+      [B, T, D] in the compute dtype; values at padding are meaningless and finite.
+    """
+    rows = tokens.shape[0]
+    tokens, segment_ids, positions = (reshard(x, activation_spec(rows, None)) for x in (tokens, segment_ids, positions))
+    x = embed(params, mc, tokens, compute_dtype)
+    mask = causal_segment_mask(segment_ids)
+    cos, sin = rope_tables(positions, mc.head_dim, mc.rope_theta)
+
+    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
+        q, k, v = project_qkv(p, mc, x, cos, sin)
+        return finish_layer(p, mc, x, attend(q, k, v, mask)), None
+
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return rms_norm(x, params["final_norm"], mc.rms_eps)
+
+
+def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any) -> jax.Array:
+    """Rows of the embedding table: tokens [B, T] -> [B, T, D]."""
+    table = reshard(params["embed"], use_spec(mc, "embed"))
+    spec = activation_spec(tokens.shape[0], None, None)
+    rows = table[tokens] if spec is None else table.at[tokens].get(out_sharding=spec)
+    return rows.astype(compute_dtype)
+
+
+def project_qkv(p: Params, mc: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated q [B, T, K, G, H], rotated k [B, T, K, H] and v [B, T, K, H] of one layer's input x [B, T, D]."""
+    batch, length = x.shape[:2]
+    h = rms_norm(x, p["attn_norm"], mc.rms_eps)
+    q, k, v = (_project(p, mc, h, "w" + name) for name in "qkv")
+    if mc.qkv_bias:
+        q, k, v = q + p["bq"].astype(q.dtype), k + p["bk"].astype(k.dtype), v + p["bv"].astype(v.dtype)
+    q = q.reshape(batch, length, mc.num_kv_heads, mc.num_groups, mc.head_dim)
+    k, v = (y.reshape(batch, length, mc.num_kv_heads, mc.head_dim) for y in (k, v))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def finish_layer(p: Params, mc: ModelConfig, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """Output projection and SwiGLU with their residuals: x [B, T, D], attended [B, T, K, G, H] -> [B, T, D]."""
+    x = x + _project(p, mc, attended.reshape(*x.shape[:2], mc.num_heads * mc.head_dim), "wo")
+    h = rms_norm(x, p["mlp_norm"], mc.rms_eps)
+    return x + _project(p, mc, jax.nn.silu(_project(p, mc, h, "w_gate")) * _project(p, mc, h, "w_up"), "w_down")
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _project(p: Params, mc: ModelConfig, x: jax.Array, name: str) -> jax.Array:
+    use = use_spec(mc, name)
+    return linear(x, p[name], use=use, out=None if use is None else activation_spec(x.shape[0], None, use[-1]))
+
+
+def _initial(mc: ModelConfig, name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
+    if name.endswith("norm"):
+        return jnp.ones(shape, jnp.float32)
+    if name in ("bq", "bk", "bv"):
+        return jnp.zeros(shape, jnp.float32)
+    deviation = mc.hidden_size**-0.5
+    if name in ("wo", "w_down"):
+        deviation /= (2 * mc.num_layers) ** 0.5
+    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -1,0 +1,133 @@
+"""The output head, chunked over positions: no [B, T, V] array exists, in training or in scoring.
+
+Each chunk sees the full vocabulary; its body is under `jax.checkpoint`, so the backward pass recomputes the logits. One
+body serves training (`weighted_nll`) and scoring (`token_stats`). A caller that scores few positions may gather their
+hidden states first (`gather_positions`) and pass those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.linear import contract
+from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
+
+STATS = ("label_logp", "entropy")
+_CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MiB
+
+
+def logits(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [B, C, V] of hidden states [B, C, D]; for a few positions at a time."""
+    name = "embed" if mc.tie_embeddings else "head"
+    use = use_spec(mc, name)
+    vocab = None if use is None else use[0 if mc.tie_embeddings else 1]
+    subscripts = "bcd,vd->bcv" if mc.tie_embeddings else "bcd,dv->bcv"
+    return contract(subscripts, hidden, params[name], use=use, out=activation_spec(hidden.shape[0], None, vocab))
+
+
+def token_stats(
+    params: dict[str, Any],
+    mc: ModelConfig,
+    hidden: jax.Array,
+    labels: jax.Array,
+    *,
+    want: Sequence[str] = STATS,
+    chunk: int | None = None,
+) -> dict[str, jax.Array]:
+    """Statistics of the next-token distribution at every position.
+
+    Args:
+      hidden: [B, T, D]. labels: int [B, T], the token that position t must predict.
+      want: any of "label_logp" (log p(label), nats) and "entropy" (nats).
+      chunk: positions per chunk; None picks one by size.
+
+    Returns:
+      {name: float32 [B, T]}.
+    """
+    unknown = sorted(set(want) - set(STATS))
+    if unknown:
+        raise ValueError(f"token_stats: unknown statistic {', '.join(unknown)}; known: {', '.join(STATS)}")
+
+    def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
+        return carry, _stats(logits(params, mc, chunk[0]), chunk[1], want)
+
+    _, stats = _scan(mc, body, None, hidden, (labels,), chunk)
+    batch, length = labels.shape
+    return {name: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for name, x in stats.items()}
+
+
+def weighted_nll(
+    params: dict[str, Any],
+    mc: ModelConfig,
+    hidden: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of weight * -log p(label), sum of weight), float32 scalars over the whole batch.
+
+    Args:
+      hidden: [B, T, D]. labels: int [B, T], already shifted. weights: float [B, T], 0 where nothing is predicted.
+    """
+
+    def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        h, y, w = chunk
+        logp = _stats(logits(params, mc, h), y, ("label_logp",))["label_logp"]
+        return total - jnp.sum(jnp.where(w != 0, logp * w, 0.0)), None
+
+    weights = weights.astype(jnp.float32)
+    total, _ = _scan(mc, body, jnp.zeros((), jnp.float32), hidden, (labels, weights), chunk)
+    return total, jnp.sum(weights)
+
+
+def gather_positions(hidden: jax.Array, index: jax.Array) -> jax.Array:
+    """Hidden states [B, T, D] at positions index [B, M] -> [B, M, D]; indices past the end read the last position."""
+    spec = activation_spec(hidden.shape[0], None, None)
+    index = reshard(jnp.minimum(index, hidden.shape[1] - 1), activation_spec(hidden.shape[0], None))
+    rows = reshard(jnp.broadcast_to(jnp.arange(hidden.shape[0])[:, None], index.shape), activation_spec(hidden.shape[0], None))
+    picked = hidden.at[rows, index]
+    return picked.get() if spec is None else picked.get(out_sharding=spec)
+
+
+def _stats(z: jax.Array, labels: jax.Array, want: Sequence[str]) -> dict[str, jax.Array]:
+    """Statistics of float32 logits z [B, C, V]; the label's logit by a masked sum, which a sharded vocabulary allows."""
+    shifted = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+    exps = jnp.exp(shifted)
+    total = jnp.sum(exps, axis=-1)
+    found = {}
+    if "label_logp" in want:
+        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
+        found["label_logp"] = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1) - jnp.log(total)
+    if "entropy" in want:
+        found["entropy"] = jnp.log(total) - jnp.sum(exps * shifted, axis=-1) / total
+    return found
+
+
+def _scan(
+    mc: ModelConfig, body: Callable[..., Any], carry: Any, hidden: jax.Array, arrays: Sequence[jax.Array], chunk: int | None
+) -> tuple[Any, Any]:
+    """Scan `body` over chunks [n, B, C, ...] of arrays [B, T, ...], zero-padded to whole chunks."""
+    batch, length = hidden.shape[:2]
+    size = min(chunk or _default_chunk(mc, batch), length)
+    count = math.ceil(length / size)
+    size = math.ceil(length / count)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = reshard(x, activation_spec(batch, *(None,) * (x.ndim - 1)))
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, tuple(split(x) for x in (hidden, *arrays)))
+
+
+def _default_chunk(mc: ModelConfig, batch: int) -> int:
+    mesh = explicit_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in (*BATCH, "tensor")) if mesh is not None else 1
+    return max(16, _CHUNK_ELEMENTS * shards // (batch * mc.vocab_size))

@@ -1,0 +1,152 @@
+"""Meshes, and the one table from weight name to mesh axes.
+
+All axes are Explicit: a gradient has exactly its parameter's sharding, and the all-gather of a weight before its use is
+a visible `reshard`. Outside a mesh, or in one with Auto axes, the helpers here do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dccot_jax.model.config import ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # mesh axes over which rows of a batch are spread
+
+# Axes of each weight as it is stored; layers are stacked in front of these dimensions.
+# D hidden, F intermediate, V vocabulary, N query heads, K key/value heads, H head size.
+WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "embed": ("tensor", "fsdp"),  # [V, D]
+    "head": ("fsdp", "tensor"),  # [D, V], absent where tied
+    "final_norm": (None,),  # [D]
+    "attn_norm": (None,),  # [D]
+    "wq": ("fsdp", "tensor"),  # [D, N*H]
+    "wk": ("fsdp", "tensor"),  # [D, K*H]
+    "wv": ("fsdp", "tensor"),  # [D, K*H]
+    "bq": ("tensor",),  # [N*H]
+    "bk": ("tensor",),  # [K*H]
+    "bv": ("tensor",),  # [K*H]
+    "wo": ("tensor", "fsdp"),  # [N*H, D]
+    "mlp_norm": (None,),  # [D]
+    "w_gate": ("fsdp", "tensor"),  # [D, F]
+    "w_up": ("fsdp", "tensor"),  # [D, F]
+    "w_down": ("tensor", "fsdp"),  # [F, D]
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with Explicit axes (data, fsdp, tensor).
+
+    Args:
+      sizes: devices per axis; a missing axis is 1, and one axis may be -1: all remaining devices.
+      devices: defaults to all devices of all processes.
+
+    Raises:
+      ValueError: an unknown axis, two axes of -1, or sizes that do not multiply to the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise ValueError(f"mesh: unknown axis {', '.join(unknown)}; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh: sizes {dict(sizes)} must be at least 1, and at most one may be -1")
+    if -1 in shape:
+        rest = math.prod(size for size in shape if size != -1)
+        if len(found) % rest:
+            raise ValueError(f"mesh: {len(found)} devices cannot be split by {dict(sizes)}")
+        shape[shape.index(-1)] = len(found) // rest
+    if math.prod(shape) != len(found):
+        raise ValueError(f"mesh: {dict(sizes)} needs {math.prod(shape)} devices, {len(found)} are there")
+    kinds = (AxisType.Explicit,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds)
+    return Mesh(np.array(found).reshape(shape), AXES, axis_types=kinds)
+
+
+def weight_shapes(mc: ModelConfig) -> dict[str, Any]:
+    """Shapes of all parameters, in the tree that `init_params` and `load_hf` return."""
+    d, f, n, k, h = mc.hidden_size, mc.intermediate_size, mc.num_heads * mc.head_dim, mc.num_kv_heads * mc.head_dim, mc.num_layers
+    layers: dict[str, tuple[int, ...]] = {"attn_norm": (h, d), "wq": (h, d, n), "wk": (h, d, k), "wv": (h, d, k)}
+    if mc.qkv_bias:
+        layers |= {"bq": (h, n), "bk": (h, k), "bv": (h, k)}
+    layers |= {"wo": (h, n, d), "mlp_norm": (h, d), "w_gate": (h, d, f), "w_up": (h, d, f), "w_down": (h, f, d)}
+    shapes: dict[str, Any] = {"embed": (mc.vocab_size, d), "layers": layers, "final_norm": (d,)}
+    if not mc.tie_embeddings:
+        shapes["head"] = (d, mc.vocab_size)
+    return shapes
+
+
+def param_specs(mc: ModelConfig, mesh: Any = None) -> dict[str, Any]:
+    """Tree of PartitionSpecs for the parameters of `mc`.
+
+    A dimension that its axis does not divide is replicated; attention is split over `tensor` only by whole key/value
+    heads. `mesh` defaults to the mesh in use.
+    """
+    axes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
+    shapes = weight_shapes(mc)
+    layers = {name: P(None, *_weight_spec(mc, name, shape[1:], axes)) for name, shape in shapes["layers"].items()}
+    return {name: layers if name == "layers" else P(*_weight_spec(mc, name, shapes[name], axes)) for name in shapes}
+
+
+def param_shardings(mc: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """`param_specs` bound to a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(mc, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def use_spec(mc: ModelConfig, name: str) -> P | None:
+    """Spec of one layer's weight at the point of use: its `tensor` axis kept, `fsdp` gathered; None outside a mesh."""
+    mesh = explicit_mesh()
+    if mesh is None:
+        return None
+    shapes = weight_shapes(mc)
+    shape = shapes["layers"][name][1:] if name in shapes["layers"] else shapes[name]
+    return P(*(axis if axis == "tensor" else None for axis in _weight_spec(mc, name, shape, dict(mesh.shape))))
+
+
+def batch_axes(rows: int, mesh: Any = None) -> tuple[str, ...] | None:
+    """Mesh axes over which `rows` rows can be spread evenly: both of BATCH, one of them, or None (replicated)."""
+    axes = dict((jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape)
+    if not axes:
+        return None
+    for names in (BATCH, ("fsdp",), ("data",)):
+        if rows % math.prod(axes[name] for name in names) == 0:
+            return names
+    return None
+
+
+def batch_spec(rows: int, ndim: int = 2, mesh: Any = None) -> P:
+    """Spec of a batch array of `ndim` dimensions whose first holds `rows` rows."""
+    return P(batch_axes(rows, mesh), *(None,) * (ndim - 1))
+
+
+def activation_spec(rows: int, *rest: str | None) -> P | None:
+    """Spec of an activation: rows over the batch axes, then `rest`; None outside an Explicit mesh."""
+    return None if explicit_mesh() is None else P(batch_axes(rows), *rest)
+
+
+def explicit_mesh() -> Any:
+    """The mesh in use if all its axes are Explicit, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types) else None
+
+
+def reshard(x: jax.Array, spec: P | None) -> jax.Array:
+    """Move `x` to `spec`; `x` itself where spec is None."""
+    return x if spec is None else jax.reshard(x, spec)
+
+
+def _weight_spec(mc: ModelConfig, name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> tuple[str | None, ...]:
+    heads = name in ("wq", "wk", "wv", "bq", "bk", "bv", "wo")
+    spec = []
+    for axis, size in zip(WEIGHT_AXES[name], shape, strict=True):
+        parts = mc.num_kv_heads if heads and axis == "tensor" else size
+        spec.append(axis if axis is not None and axis in axes and parts % axes[axis] == 0 else None)
+    return tuple(spec)
