@@ -141,6 +141,7 @@ def default_config() -> ConfigDict:
     c.evaluate.ood = ()
     c.evaluate.cross = ()
     c.evaluate.limit = 0  # items per task, chosen by id hash; 0 means all
+    c.evaluate.limits = {}  # the same for single tasks, e.g. {"svamp": 300}
     c.evaluate.max_new_tokens = 256
     c.evaluate.batch_rows = 64  # rows generated together
     c.evaluate.gold_nll = True  # mean NLL of the gold rationale, where the task has one

@@ -94,6 +94,7 @@ STAGES = {
                 "evaluate.ood",
                 "evaluate.cross",
                 "evaluate.limit",
+                "evaluate.limits",
                 "evaluate.max_new_tokens",
                 "evaluate.gold_nll",
             ),
