@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -155,13 +156,14 @@ def _config() -> config_lib.ConfigDict:
     return config
 
 
-def _workdir() -> Path:
+def _workdir() -> epath.Path:
     if not _FLAGS.workdir:
         raise UsageError("--workdir=DIR is needed")
-    return Path(_FLAGS.workdir).expanduser().absolute()
+    remote = "://" in _FLAGS.workdir
+    return epath.Path(_FLAGS.workdir if remote else os.path.abspath(os.path.expanduser(_FLAGS.workdir)))
 
 
-def _context(workdir: Path, data_dir: str) -> Context:
+def _context(workdir: epath.Path, data_dir: str) -> Context:
     """Start JAX (and its processes, when asked) and describe where the run takes place."""
     import jax
 
@@ -178,10 +180,10 @@ def _context(workdir: Path, data_dir: str) -> Context:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path, ctx: Context) -> Iterator[None]:
+def _locked(workdir: epath.Path, ctx: Context) -> Iterator[None]:
     """One run at a time in a workdir (local disks)."""
     workdir.mkdir(parents=True, exist_ok=True)
-    if not ctx.is_main:
+    if not ctx.is_main or "://" in str(workdir):
         yield
         return
     with (workdir / ".lock").open("w") as lock:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -55,7 +56,7 @@ class Context:
       console: where people read; silent on processes other than 0.
     """
 
-    workdir: Path
+    workdir: epath.Path | Path
     data_dir: Path | None = None
     process_index: int = 0
     process_count: int = 1

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
@@ -238,7 +239,7 @@ def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context) -> None:
     ctx.barrier("report")
 
 
-def load_runs(workdir: Path) -> tuple[ConfigDict, list[ArmRun]]:
+def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
     """The config and runs a workdir holds. Raises ConfigError if it holds none."""
     index = workdir / "runs.json"
     if not index.exists():
@@ -302,7 +303,7 @@ def _as_runs(arm: str, seed: int, config: ConfigDict, done: dict[str, Artifact])
     return runs
 
 
-def _write_index(workdir: Path, runs: Sequence[ArmRun]) -> None:
+def _write_index(workdir: epath.Path | Path, runs: Sequence[ArmRun]) -> None:
     entries = [
         {
             "arm": run.arm,
