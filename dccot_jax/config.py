@@ -112,7 +112,8 @@ def default_config() -> ConfigDict:
     c.curriculum.stages = 3  # staged: number of buckets
     c.curriculum.stage_shares = ()  # staged: share of the steps per stage; (): equal
     c.curriculum.c0 = 0.1  # competence: share of the data available at step 0
-    c.curriculum.full_at = 0.7  # competence, random_growing: share of the steps after which all data are used
+    c.curriculum.full_at = 0.7  # competence: share of the steps after which all data are used
+    c.curriculum.pacing = "staged"  # anti, random_growing: whose size curve they follow, staged | competence
 
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 means `epochs`
@@ -251,6 +252,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "mix.kind", MIXES)
     _one_of(config, "mix.mode", MIX_MODES)
     _one_of(config, "curriculum.kind", CURRICULA)
+    _one_of(config, "curriculum.pacing", ("staged", "competence"))
     _one_of(config, "train.schedule", SCHEDULES)
     _one_of(config, "train.loss_mask", LOSS_MASKS)
     _one_of(config, "train.loss_weight", LOSS_WEIGHTS)

@@ -1,0 +1,156 @@
+"""Packed training rows by step number, as Grain reads them.
+
+Layout of a step, R rows of T tokens: documents lie one behind the other in a row; ``segment_ids`` counts them from 1, 0
+is padding; ``positions`` restart at 0 in every document; ``labels[r, t]`` is the token that position t must predict, and
+``weights[r, t]`` its loss weight, 0 on prompts (under the response mask), on padding, and on each document's last token,
+which must not predict the next document's first. The whole state of the loader is the number of the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dccot_jax.artifact import Artifact, read_table
+from dccot_jax.config import LOSS_MASKS
+
+Batch = dict[str, np.ndarray]
+_TOKEN_COLUMNS = ("input_ids", "prompt_tokens")
+
+
+class PlanSource:
+    """A plan as a random-access source: ``source[step]`` is a dict of [rows, T] arrays.
+
+    Keys: ``tokens``, ``labels``, ``segment_ids``, ``positions`` (int32) and ``weights`` (float32).
+
+    Args:
+      plan: table with columns step, row, token_row, weight, sorted by step, row, slot. tokens: the token table.
+      steps, rows_per_step, row_tokens: as in ``plan.json``.
+      loss_mask: ``response`` (completion tokens) or ``full`` (all but each document's first token).
+      rows: the packed rows this process builds, in order; None: all of them.
+    """
+
+    def __init__(
+        self,
+        plan: pa.Table,
+        tokens: pa.Table,
+        *,
+        steps: int,
+        rows_per_step: int,
+        row_tokens: int,
+        loss_mask: str = "response",
+        rows: Sequence[int] | None = None,
+    ):
+        if loss_mask not in LOSS_MASKS:
+            raise ValueError(f"loss_mask {loss_mask!r} is not one of {', '.join(LOSS_MASKS)}")
+        self._steps, self._row_tokens, self._full = steps, row_tokens, loss_mask == "full"
+        self.rows = tuple(range(rows_per_step)) if rows is None else tuple(rows)
+        if not all(0 <= row < rows_per_step for row in self.rows):
+            raise ValueError(f"rows {self.rows} are not all in 0..{rows_per_step - 1}")
+        step = plan["step"].to_numpy()
+        self._starts = np.searchsorted(step, np.arange(steps + 1))
+        self._row = plan["row"].to_numpy()
+        self._token_row = plan["token_row"].to_numpy()
+        self._weight = plan["weight"].to_numpy()
+        self._place = np.full(rows_per_step, -1, np.int32)  # packed row -> row of this process's arrays
+        self._place[list(self.rows)] = np.arange(len(self.rows))
+        # Only token rows that the plan uses, as one flat array of ids and its offsets: 4 bytes a token, shared by threads.
+        used, self._local = np.unique(self._token_row, return_inverse=True)
+        ids = tokens["input_ids"].take(pa.array(used)).combine_chunks()
+        lengths = np.asarray(pc.list_value_length(ids), np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self._flat = np.asarray(pc.list_flatten(ids), np.int32)
+        self._prompt = tokens["prompt_tokens"].to_numpy()[used]
+
+    @classmethod
+    def from_artifacts(cls, plan: Artifact, tokens: Artifact, *, rows: Sequence[int] | None = None) -> PlanSource:
+        """The source of a finished plan. Raises ValueError if the plan was made from other token rows."""
+        about = plan.json("plan")
+        if about["tokens_hash"] != tokens.logical_hash:
+            raise ValueError(f"{plan.path.name} was made from other token rows than {tokens.path.name}")
+        table = read_table(tokens.file("tokens.parquet")).select(_TOKEN_COLUMNS)
+        return cls(
+            plan.table("plan"),
+            table,
+            steps=about["steps"],
+            rows_per_step=about["rows_per_step"],
+            row_tokens=about["row_tokens"],
+            loss_mask=about["loss_mask"],
+            rows=rows,
+        )
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __repr__(self) -> str:  # Grain prints its sources
+        return f"PlanSource({self._steps} steps, rows {len(self.rows)} x {self._row_tokens})"
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = self._empty(len(self.rows))
+        used = np.zeros(len(self.rows), np.int64)
+        segments = np.zeros(len(self.rows), np.int64)
+        for entry in self._entries(step):
+            place = self._place[self._row[entry]]
+            if place >= 0:
+                segments[place] += 1
+                used[place] += self._write(batch, entry, place, int(used[place]), int(segments[place]))
+        return batch
+
+    def unpacked(self, step: int) -> Batch:
+        """The same documents, one per row, in plan order: what packing must equal."""
+        entries = [entry for entry in self._entries(step) if self._place[self._row[entry]] >= 0]
+        batch = self._empty(len(entries))
+        for place, entry in enumerate(entries):
+            self._write(batch, entry, place, 0, 1)
+        return batch
+
+    def _entries(self, step: int) -> range:
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of a plan of {self._steps} steps")
+        return range(int(self._starts[step]), int(self._starts[step + 1]))
+
+    def _empty(self, rows: int) -> Batch:
+        shape = (rows, self._row_tokens)
+        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels", "segment_ids", "positions")}
+        return {**batch, "weights": np.zeros(shape, np.float32)}
+
+    def _write(self, batch: Batch, entry: int, place: int, start: int, segment: int) -> int:
+        """Write one document at `start` of a row; returns its length."""
+        local = self._local[entry]
+        ids = self._flat[self._offsets[local] : self._offsets[local + 1]]
+        n = len(ids)
+        batch["tokens"][place, start : start + n] = ids
+        batch["segment_ids"][place, start : start + n] = segment
+        batch["positions"][place, start : start + n] = np.arange(n)
+        batch["labels"][place, start : start + n - 1] = ids[1:]
+        first = 0 if self._full else max(int(self._prompt[local]) - 1, 0)  # position whose label is the first trained token
+        batch["weights"][place, start + first : start + n - 1] = self._weight[entry]
+        return n
+
+
+def process_rows(rows_per_step: int, index: int, count: int, *, microbatches: int = 1) -> list[int]:
+    """Packed rows of one process: an equal, contiguous share of every microbatch.
+
+    The global batch [G, T] is read as [microbatches, G / microbatches, T], with the second axis split over processes.
+    Raises ValueError if that does not divide.
+    """
+    if rows_per_step % (microbatches * count):
+        raise ValueError(f"train.rows_per_step = {rows_per_step} is not a multiple of {microbatches} microbatches x {count} processes")
+    size = rows_per_step // microbatches
+    share = size // count
+    return [part * size + index * share + row for part in range(microbatches) for row in range(share)]
+
+
+def batches(source: PlanSource, first_step: int = 0, *, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
+    """Batches of steps `first_step`, `first_step` + 1, ..., to the end, built ahead by Grain's read threads.
+
+    To resume, call again with the next step; nothing else is remembered.
+    """
+    if first_step >= len(source):
+        return iter(())
+    rest = grain.MapDataset.source(source).slice(slice(first_step, len(source)))
+    return iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

@@ -1,0 +1,85 @@
+"""Stage `student`: what the student is before training: model config, where its weights come from, its tokenizer.
+
+Weights are not copied: a pretrained student stays where it is and is known by the hash of its files; a fresh one is a
+seed. Files: ``student.json`` and ``tokenizer/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, file_hash, json_hash
+from dccot_jax.config import ConfigError
+from dccot_jax.context import Context
+from dccot_jax.data.template import check_template, stop_ids
+from dccot_jax.data.tokenizer import copy_tokenizer, embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
+from dccot_jax.records import content_hash, derive_seed
+
+EMBEDDED = "embedded"
+
+
+def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
+    """Write the student. Raises ConfigError, TokenizerError or TemplateError if it cannot be trained."""
+    del inputs
+    if not ctx.is_main:
+        return StageResult("")
+    from dccot_jax.model.config import ModelConfig
+
+    tokenizer_dir = out.file("tokenizer")
+    if cfg.student.path:
+        source = Path(cfg.student.path).expanduser()
+        model = ModelConfig.from_hf(_hf_config(source))
+        copy_tokenizer(source, tokenizer_dir)
+        weights: dict[str, Any] = {"kind": "hf", "path": str(source.resolve()), "hash": weights_hash(source)}
+    else:
+        if cfg.student.tokenizer == EMBEDDED:
+            embedded_tokenizer_dir(tokenizer_dir, max_positions=cfg.student.model.max_positions)
+        else:
+            copy_tokenizer(cfg.student.tokenizer, tokenizer_dir)
+        model = ModelConfig.from_config(cfg.student.model, len(load_tokenizer(tokenizer_dir)))
+        weights = {"kind": "random", "seed": derive_seed(cfg.seed, "init")}
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_template(tokenizer)
+    if len(tokenizer) > model.vocab_size:
+        raise ConfigError(f"config.student: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary only {model.vocab_size}")
+    stops = stop_ids(tokenizer)
+    about = {
+        "hash": tokenizer_hash(tokenizer_dir),
+        "tokens": len(tokenizer),
+        "eos_id": stops[0],  # closes the assistant's turn; what the student learns to end with
+        "stop_ids": stops,
+        "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],  # padding is masked by segment, never by id
+    }
+    if weights["kind"] == "random":  # a pretrained student keeps what its own config says
+        model = dataclasses.replace(model, eos_token_ids=tuple(stops), pad_token_id=about["pad_id"])
+    fields = dataclasses.asdict(model)
+    out.write_json("student", {"model": fields, "weights": weights, "tokenizer": about})
+    meaning = {"model": fields, "weights": {key: value for key, value in weights.items() if key != "path"}, "tokenizer": about}
+    ctx.log(f"  student: {weights['kind']} weights, vocabulary {model.vocab_size:,}, tokenizer {about['hash'][:12]}")
+    return StageResult(
+        json_hash(meaning), facts={"tokenizer_hash": about["hash"], "weights": weights["kind"], "vocab_size": model.vocab_size}
+    )
+
+
+def weights_hash(directory: Path) -> str:
+    """Content hash of the safetensors files of a Hugging Face directory. Raises ConfigError if there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"config.student.path: no *.safetensors in {directory}")
+    return content_hash("weights/1", {path.name: file_hash(path) for path in files}, digits=64)
+
+
+def _hf_config(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config.student.path: no config.json in {directory}; give a Hugging Face model directory") from None
+    except ValueError as error:
+        raise ConfigError(f"config.student.path: {directory / 'config.json'} is not JSON ({error})") from None

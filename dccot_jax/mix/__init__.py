@@ -1,0 +1,1 @@
+"""From kept rows to a training plan: mixing, curriculum pacing, packing."""
