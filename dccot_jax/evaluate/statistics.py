@@ -8,13 +8,14 @@ that could have been run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 
-# Rows of the resampling matrices made at a time: bounds memory at _BLOCK * N counts.
+# Resamples evaluated at a time: bounds memory at _BLOCK * N floats.
 _BLOCK = 512
 
 
@@ -186,14 +187,21 @@ def _resampled_means(values: np.ndarray, weights: np.ndarray | None, resamples: 
     if n_items < 2 or resamples < 1:
         return None
     w = np.ones(n_items) if weights is None else np.asarray(weights, np.float64)
-    rng = np.random.default_rng(seed)
+    item_draws, seed_draws = _draws(n_seeds, n_items, resamples, seed)
     means = []
     for start in range(0, resamples, _BLOCK):
-        size = min(_BLOCK, resamples - start)
-        item_counts = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=size) * w  # [R, N]
-        seed_counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=size) / n_seeds  # [R, S]
-        means.append(((seed_counts @ values) * item_counts).sum(1) / item_counts.sum(1))
+        item_weights = item_draws[start : start + _BLOCK] * w  # [block, N]
+        seed_means = (seed_draws[start : start + _BLOCK] / n_seeds) @ values  # [block, N]
+        means.append((seed_means * item_weights).sum(1) / item_weights.sum(1))
     return np.concatenate(means)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n_seeds: int, n_items: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each item [R, N] and each seed [R, S] is drawn per resample. Cached: many cells of a report share them."""
+    rng = np.random.default_rng(seed)
+    items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=resamples).astype(np.int16)
+    return items, rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples).astype(np.int16)
 
 
 def _two_sided(means: np.ndarray) -> float:
