@@ -111,7 +111,13 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
     """
     question, choices = split_options(_text(row, "question").strip())
     gold = _gold(row.get("gold_answer"))
-    common: Fields = {"join_question": question, "choices": choices, "gold_answer": gold, "meta": canonical_json(_index(row))}
+    common: Fields = {
+        "join_question": question,
+        "join_choices": choices,
+        "choices": choices,
+        "gold_answer": gold,
+        "meta": canonical_json(_index(row)),
+    }
 
     def part(text: Any, **fields: Any) -> Fields:
         reasoning, rest = split_reasoning(str(text).strip())
@@ -124,7 +130,7 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
         found.append(part(row["forward_reasoning"], **forward, **({"group": "reverse"} if backward else {})))
         if backward:
             consistent = row.get("is_consistent")
-            shared = {"method": "reverse", "group": "reverse"}
+            shared: Fields = {"method": "reverse", "group": "reverse"}
             if consistent is not None:
                 shared["consistent"] = str(consistent).strip().lower() == "true"
                 found[-1]["consistent"] = shared["consistent"]
@@ -153,7 +159,8 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
 
 def read_trace(row: Mapping[str, Any]) -> list[Fields]:
     """Rows written from `records.Trace`, every field as it is."""
-    _text(row, "question"), _text(row, "target")
+    for name in ("question", "target"):
+        _text(row, name)
     fields = {key: value for key, value in row.items() if value is not None}
     return [fields | {"choices": tuple(row.get("choices") or ()), "parent_ids": tuple(row.get("parent_ids") or ())}]
 

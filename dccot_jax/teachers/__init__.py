@@ -1,0 +1,1 @@
+"""Teachers: who writes traces, how requests are cached and metered, and the stage that collects traces."""
