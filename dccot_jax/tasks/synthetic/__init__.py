@@ -43,7 +43,7 @@ def load(task: str, split: str, data_dir: Path | None = None) -> list[Item]:
     return list(_items(task, split))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _items(task: str, split: str) -> tuple[Item, ...]:
     return tuple(unique_items(_MAKE[task](task, split, index) for index in range(SIZES[task][split])))
 

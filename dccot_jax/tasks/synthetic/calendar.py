@@ -111,19 +111,18 @@ class Calendar(Family[Problem, Backward]):
             else:
                 lines.append(f"{changes[0]}{''.join(f'{c:+d}' for c in changes[1:])}={total}.")
             return " ".join([*lines, f"{_equation(date, total)}."])
-        if style != "concise" or path == "narrated":
-            lines.append(f"Start at {_written(date)}.")
+        if style == "concise" and path != "narrated":
+            chain = _written(date)
+            for change in changes:
+                date = _shift(date, change)
+                chain += f" {change:+d} days = {_written(date)}"
+            return f"{chain}."
+        lines.append(f"Start at {_written(date)}.")
         for move, change in zip(problem.moves, changes):
-            said = f"{NAMES.get(problem.name, 'She')} {_said(move)}"
-            equation = _equation(date, change)
-            if path == "narrated":
-                lines.append(f"{said}, that is {equation}.")
-            elif style == "concise":
-                lines.append(f"{equation}.")
-            else:
-                weeks = f" {move[1]} {_unit(move)} = {abs(change)} days," if move[2] == "week" else ""
-                lines.append(f"{said}:{weeks} {equation}.")
             date = _shift(date, change)
+            said = f"{NAMES.get(problem.name, 'She')} {_said(move)}"
+            weeks = f" {move[1]} {_unit(move)} = {abs(change)} days," if move[2] == "week" else ""
+            lines.append(f"{said}{', that is' if path == 'narrated' else ':'}{weeks} {change:+d} days = {_written(date)}.")
         return " ".join(lines)
 
     def rephrase(self, problem: Problem, rng: random.Random) -> str:
@@ -209,7 +208,7 @@ def _shift(date: datetime.date, days: int) -> datetime.date:
 
 
 def _equation(date: datetime.date, days: int) -> str:
-    return f"{_written(date)} {'-' if days < 0 else '+'} {abs(days)} days = {_written(_shift(date, days))}"
+    return f"{_written(date)} {days:+d} days = {_written(_shift(date, days))}"
 
 
 def _unit(move: tuple[str, int, str]) -> str:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from dccot_jax.records import Request, Response, content_hash, derive_seed
@@ -101,9 +102,9 @@ class ScriptedTeacher:
         if kind == REPHRASE:
             return f"{REPHRASED_REPLY} {family.rephrase(problem, rng)}"
         if kind == NEW_QUESTION:
-            return f"{NEW_REPLY} {_new_question(family, problem, rng)}"
+            return f"{NEW_REPLY} {new_question(family, problem, rng)}"
         if kind == BACKWARD_QUESTION:
-            if not _states(_need(blocks, ANSWER), family.answer(problem), _need(blocks, QUESTION)):
+            if not _states(_need(blocks, ANSWER), family.answer(problem), blocks):
                 raise UnreadableRequest("the given answer does not answer the question")
             return f"{BACKWARD_REPLY} {family.backward(problem, rng)}"
         raise UnreadableRequest(f"unknown task {task[1]!r}")
@@ -137,7 +138,7 @@ def _read(text: str) -> tuple[Family[Any, Any], Any]:
     raise UnreadableRequest("unknown family")
 
 
-def _new_question(family: Family[Any, Any], problem: Any, rng: random.Random) -> str:
+def new_question(family: Family[Any, Any], problem: Any, rng: random.Random) -> str:
     """A parallel question whose skeleton belongs to train and is not the original's."""
     while True:
         new = family.similar(problem, rng)
@@ -158,11 +159,17 @@ def _need(blocks: dict[str, str], tag: str) -> str:
     return blocks[tag]
 
 
-def _states(text: str, answer: str, question: str) -> bool:
-    """Whether `text` (a bare answer, or a rationale with an answer line) states `answer`, in words or as an option letter."""
+def _states(text: str, answer: str, blocks: Mapping[str, str]) -> bool:
+    """Whether `text` (a bare answer, or a rationale with an answer line) states `answer`, in words or as an option letter.
+
+    Options may stand in any block: all questions of one request share them. Raises UnreadableRequest for a letter without options.
+    """
     found = _STATED.findall(text)
-    stated = (found[-1] if found else text).strip().strip("().")
-    return stated.lower() == answer.lower() or options(question).get(answer) == stated
+    stated = (found[-1] if found else text).strip().strip("().").removeprefix("the ")
+    letters = options("\n".join(blocks.values()))
+    if not letters and re.fullmatch("[A-J]", stated):
+        raise UnreadableRequest(f"the answer is option {stated} but the request shows no options")
+    return stated.lower() == answer.lower() or letters.get(answer) == stated
 
 
 def _consistency(blocks: dict[str, str]) -> str:
@@ -173,12 +180,11 @@ def _consistency(blocks: dict[str, str]) -> str:
     backward = family.parse_backward(second)
     if backward is None:
         return "Question 2 does not ask for a part of question 1.\nFalse"
-    if not _states(given, family.answer(problem), first):
+    if not _states(given, family.answer(problem), blocks):
         return f"Question 1 has the answer {family.answer(problem)}, not the given one.\nFalse"
     same, masked = family.same_story(problem, backward)
     if not same:
         return "Question 2 tells another story than question 1.\nFalse"
-    shown = second if options(second) else first
-    if not _states(recovered, masked, shown):
+    if not _states(recovered, masked, blocks):
         return f"The part that question 2 asks for is {masked} in question 1, not the given answer.\nFalse"
     return f"Question 1 says {masked}, and that is answer 2.\nTrue"
