@@ -31,7 +31,7 @@ Stats = Mapping[str, Mapping[str, jax.Array]]
 Mask = Mapping[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Signal:
     """A registered forward signal.
 

@@ -1,0 +1,266 @@
+"""Stage `score`: any set of signals of a student over every tokenised row, one forward per view.
+
+One jitted program (per bucket shape) runs the views, gathers the completion positions, passes only those through the
+chunked head, and vmaps the signals over rows. Tiles have a fixed shape per bucket and fixed contents; `score.batch_tiles`
+only says how many are in flight and `score.chunk_rows` how many rows are committed together, so neither changes a bit.
+Every process scores its shard of each tile and commits the rows it can address; process 0 merges them, sorted by id.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
+from dccot_jax.context import Context
+from dccot_jax.data.tokenizer import load_tokenizer
+from dccot_jax.model import decoder, head
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import BATCH, batch_spec, make_mesh
+from dccot_jax.records import content_hash, table_to_traces
+from dccot_jax.select.chunks import committed, drop_other_layouts
+from dccot_jax.select.signals import Signal, required_stats, split_signals
+from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows
+from dccot_jax.select.views import (
+    TILE_TOKENS,
+    TILE_TOKENS_ACCELERATOR,
+    Row,
+    Tile,
+    chunk_tiles,
+    completion_context,
+    plan_tiles,
+    view_arrays,
+)
+from dccot_jax.train.checkpoint import Student, load_student
+
+Program = Callable[[Any, Mapping[str, Mapping[str, jax.Array]]], jax.Array]
+
+
+def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
+    """Score every row of `tokenize` with the student in `inputs` (``train`` if given, else ``student``).
+
+    Writes scores.parquet (id, completion_tokens, one float32 column per signal; sorted by id), dropped.parquet and, for
+    sampled signals, samples.jsonl. A row with a non-finite signal, no completion or more tokens than the model has
+    positions is dropped with a reason; no score is ever a default.
+
+    Raises ConfigError on an unknown signal.
+    """
+    forward, sampled_names = split_signals(cfg.score.signals)
+    mesh = make_mesh(cfg.mesh)
+    source = inputs.get("train") or inputs["student"]
+    student = load_student(source, mesh)
+    started = time.monotonic()
+    rows, dropped = usable_rows(read_rows(inputs["tokenize"].table("tokens")), student.mc.max_positions)
+    columns, facts = {}, {}
+    if forward and rows:
+        columns, facts = _score_forward(cfg, student, mesh, rows, forward, out, ctx)
+    if sampled_names and rows:
+        from dccot_jax.select import sampled  # brings the sampler and its compile cost; most scorings do without
+
+        traces = {trace.id: trace for trace in table_to_traces(inputs["verify"].table("traces"))}
+        column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
+        columns["student_error"], dropped, facts = column, dropped + lost, facts | more
+    if not ctx.is_main:
+        return StageResult("")
+
+    gone = {d.id for d in dropped}
+    kept, bad = finite_rows([row for row in rows if row.id not in gone], columns)
+    table = scores_table(kept, columns)
+    out.write_table("scores", table)
+    counts = out.write_dropped(sorted([*dropped, *bad], key=lambda d: d.id))
+    out.drop_chunks()
+    facts |= {"student": {"kind": source.kind, "identity": source.identity}, "signals": sorted(columns)}
+    return StageResult(
+        table_hash(table),
+        rows_in=len(rows) + len(dropped),
+        rows_out=table.num_rows,
+        dropped=counts,
+        facts=facts,
+        device_seconds=round(time.monotonic() - started, 3),
+    )
+
+
+# --- the program --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: str) -> Program:
+    """The jitted function (params, {view: arrays of `view_arrays`}) -> [B, S] float32, S = len(signals); call it under a mesh.
+
+    One compilation per bucket, kept for later scorings in this process; one forward per view, however many signals.
+    """
+    needs = required_stats(signals)
+
+    def score_row(stats: Any, mask: Any) -> jax.Array:
+        return jnp.stack([signal.fn(stats, mask) for signal in signals])
+
+    @jax.jit
+    def score_tile(params: Any, views: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        stats = {}
+        for view, want in needs.items():
+            x = views[view]
+            hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], compute_dtype=compute_dtype, remat="none")
+            scored = head.gather_positions(hidden, x["index"])
+            stats[view] = head.token_stats(params, mc, scored, x["labels"], want=want)
+        return jax.vmap(score_row)(stats, {view: views[view]["mask"] for view in needs})
+
+    return score_tile
+
+
+def cast_matrices(params: Any, compute_dtype: Any, mesh: Mesh) -> Any:
+    """Parameters with every matrix in the compute dtype, norms as they are.
+
+    The decoder casts matrices at each use; casting once gives the same products and saves that work per tile.
+    """
+    dtype = jnp.dtype(compute_dtype)
+    if dtype == jnp.float32:
+        return params
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if str(path[-1].key).endswith("norm") else leaf.astype(dtype)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cast, tree))(params)
+
+
+def score_tiles(
+    program: Program,
+    params: Any,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    tiles: Sequence[Tile],
+    views: Sequence[str],
+    context: Sequence[int],
+    *,
+    in_flight: int,
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield, tile by tile, (row indices, [n, S] scores) of the rows this process can address.
+
+    At most `in_flight` tiles are dispatched and not yet read back; their order and content do not depend on it.
+    """
+    if jax.default_backend() == "cpu" and mesh.size > 1:
+        in_flight = 1  # several queued programs with collectives can starve each other of host threads and hang
+    waiting: collections.deque[tuple[Tile, jax.Array]] = collections.deque()
+    with jax.set_mesh(mesh):
+        for tile in tiles:
+            arrays = {view: _place(view_arrays(view, rows, tile, context), mesh) for view in views}
+            waiting.append((tile, program(params, arrays)))
+            if len(waiting) >= in_flight:
+                yield _local_rows(*waiting.popleft())
+        while waiting:
+            yield _local_rows(*waiting.popleft())
+
+
+def _place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host arrays [B, ...] onto the mesh, rows over the batch axes; each process copies only its rows."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, batch_spec(len(x), x.ndim, mesh)), lambda index: x[index])
+
+    return {name: put(x) for name, x in arrays.items()}
+
+
+def _local_rows(tile: Tile, scores: jax.Array) -> tuple[list[int], np.ndarray]:
+    """The real rows of a tile's result that lie on this process, each from its first replica only."""
+    found, values = [], []
+    for shard in scores.addressable_shards:
+        if shard.replica_id == 0:
+            first = shard.index[0].start or 0
+            real = tile.rows[first : first + shard.data.shape[0]]
+            found += real
+            values.append(np.asarray(shard.data)[: len(real)])
+    return found, np.concatenate(values) if values else np.zeros((0, scores.shape[1]), np.float32)
+
+
+# --- chunks -------------------------------------------------------------------------------------------------------------
+
+
+def _score_forward(
+    cfg: ConfigDict, student: Student, mesh: Mesh, rows: Sequence[Row], signals: tuple[Signal, ...], out: ArtifactWriter, ctx: Context
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """({signal: {row id: score}}, facts); columns are empty on processes other than 0. Committed chunks are not repeated."""
+    views = list(required_stats(signals))
+    context = completion_context(load_tokenizer(student.tokenizer_dir), rows)
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
+    tiles = plan_tiles(rows, len(context), shards=shards, tile_tokens=tile_tokens)
+    chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
+    names = [signal.name for signal in signals]
+    layout = content_hash(
+        "score/1", names, context, [[rows[i].id for i in tile.rows] for tile in tiles], [c.stop for c in chunks], ctx.process_count
+    )
+    series = [f"score-{layout[:12]}-p{process}" for process in range(ctx.process_count)]
+    drop_other_layouts(out, ctx, "score-", layout[:12])
+    done = committed(out, ctx, series, len(chunks))
+
+    program = make_program(student.mc, signals, cfg.compute_dtype)
+    params = cast_matrices(student.params, cfg.compute_dtype, mesh)
+    started, scored = time.monotonic(), 0
+    with ctx.progress("score", len(rows)) as meter:
+        todo = [index for index in range(len(chunks)) if not done[index]]
+        for index, chunk in enumerate(chunks):
+            if done[index]:
+                meter.skip(sum(len(tiles[t].rows) for t in chunk))
+        results = score_tiles(
+            program,
+            params,
+            mesh,
+            rows,
+            [tiles[t] for c in todo for t in chunks[c]],
+            views,
+            context,
+            in_flight=max(1, cfg.score.batch_tiles),
+        )
+        for index in todo:
+            parts = []
+            for t in chunks[index]:
+                parts.append(next(results))
+                meter.advance(len(tiles[t].rows))
+                scored += len(tiles[t].rows)
+            out.commit_chunk(series[ctx.process_index], index, _chunk_table(rows, names, parts))
+    seconds = time.monotonic() - started
+    ctx.barrier("score-chunks")
+    columns: dict[str, dict[str, float]] = {name: {} for name in names}
+    if ctx.is_main:
+        for part in series:
+            for index in range(len(chunks)):
+                _merge(columns, out.read_chunk(part, index), f"{part} {index}")
+    lengths = {"conditional": [len(r.input_ids) for r in rows], "unconditional": [len(context) + r.completion_tokens for r in rows]}
+    real = sum(sum(lengths[view]) for view in views)
+    padded = sum(tile.slots * (tile.bucket.length if view == "conditional" else tile.bucket.scored) for tile in tiles for view in views)
+    return columns, {
+        "rows_scored": scored,
+        "rows_resumed": len(rows) - scored,
+        "rows_per_second": round(scored / max(seconds, 1e-9), 3),
+        "seconds": round(seconds, 3),
+        "tokens": real,
+        "token_fill": round(real / padded, 4),
+        "tiles": len(tiles),
+        "buckets": len({tile.bucket for tile in tiles}),
+        "unconditional_context": list(context),
+    }
+
+
+def _chunk_table(rows: Sequence[Row], names: Sequence[str], parts: Sequence[tuple[list[int], np.ndarray]]) -> pa.Table:
+    order = [i for found, _ in parts for i in found]
+    values = np.concatenate([scores for _, scores in parts])
+    columns = {name: pa.array(values[:, n].astype(np.float32)) for n, name in enumerate(names)}
+    return pa.table({"id": pa.array([rows[i].id for i in order], pa.string()), **columns})
+
+
+def _merge(columns: dict[str, dict[str, float]], chunk: pa.Table | None, name: str) -> None:
+    if chunk is None:
+        raise RuntimeError(f"chunk {name} was committed and cannot be read back")
+    ids = chunk["id"].to_pylist()
+    for signal, column in columns.items():
+        column.update(zip(ids, chunk[signal].to_pylist()))
