@@ -17,7 +17,9 @@ from dccot_jax.model.linear import contract, linear
 from dccot_jax.model.sharding import batch_spec, make_mesh, param_shardings, param_specs, weight_shapes
 
 TIED = ModelConfig("llama", 96, 32, 48, 2, 6, 2, 8, rope_theta=50000.0, max_positions=512)  # N*H = 48 is not D
-UNTIED = ModelConfig("qwen2", 90, 24, 40, 2, 4, 2, 6, rope_theta=777.0, rms_eps=1e-6, tie_embeddings=False, qkv_bias=True, max_positions=512)
+UNTIED = ModelConfig(
+    "qwen2", 90, 24, 40, 2, 4, 2, 6, rope_theta=777.0, rms_eps=1e-6, tie_embeddings=False, qkv_bias=True, max_positions=512
+)
 
 
 def random_params(mc: ModelConfig, seed: int = 0) -> dict:
@@ -74,7 +76,6 @@ def test_packed_rows_score_each_document_as_if_alone():
 
 
 def test_gradients_have_parameter_shardings_and_equal_one_device():
-    """Odd sizes included: 3 layers' heads and the vocabulary of 90 split, a hidden size of 6 over fsdp 2 and tensor 2."""
     for mc in (TIED, UNTIED):
         batch = packed_batch(mc, [[9, 20, 7], [31], [40], [12, 12, 12]], 40)
         alone_params = random_params(mc)
@@ -97,7 +98,8 @@ def test_sizes_that_an_axis_does_not_divide_are_replicated():
     value, grads = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, mc, batch)))(init_params(mc, 0))
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     specs = param_specs(mc, mesh)
-    assert specs["layers"]["wq"] == P(None, None, None) and specs["embed"] == P(None, None) and specs["layers"]["w_up"] == P(None, None, None)
+    assert specs["embed"] == P(None, None)
+    assert specs["layers"]["wq"] == specs["layers"]["w_up"] == P(None, None, None)
     with jax.set_mesh(mesh):
         value8, grads8 = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, mc, batch)))(init_params(mc, 0))
         np.testing.assert_allclose(value8, value, rtol=1e-5)
@@ -118,9 +120,9 @@ def test_initial_parameters_do_not_depend_on_the_mesh_and_arrive_sharded():
 def test_remat_policies_agree_and_bfloat16_is_near():
     batch = packed_batch(TIED, [[9, 20]], 32)
     params = random_params(TIED)
-    grads = {
-        name: jax.jit(jax.grad(lambda p, name=name: loss_fn(p, TIED, batch, remat=name)))(params) for name in ("nothing_saveable", "dots", "none")
-    }
+    grads = {}
+    for name in ("nothing_saveable", "dots", "none"):
+        grads[name] = jax.jit(jax.grad(lambda p, name=name: loss_fn(p, TIED, batch, remat=name)))(params)
     for name in ("dots", "none"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads[name], grads["nothing_saveable"])
     near = jax.jit(jax.grad(lambda p: loss_fn(p, TIED, batch, compute_dtype=jnp.bfloat16)))(params)
@@ -141,18 +143,22 @@ def test_linear_rule_equals_autodiff():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     low = linear(x.astype(jnp.bfloat16), w)
     assert low.dtype == jnp.bfloat16
-    text = jax.jit(lambda x, w, g: jax.vjp(lambda x, w: contract("btd,df->btf", x, w), x, w)[1](g)).lower(x.astype(jnp.bfloat16), w, g).as_text()
+    pullback = jax.jit(lambda x, w, g: jax.vjp(lambda x, w: contract("btd,df->btf", x, w), x, w)[1](g))
+    text = pullback.lower(x.astype(jnp.bfloat16), w, g).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert dots and all(line.count("bf16>") == 2 and "f32>" in line.split("->")[-1] for line in dots), dots
 
 
 def test_make_mesh_rejects_what_cannot_be():
     assert dict(make_mesh({"fsdp": -1}).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    for sizes, message in [({"fsdp": -1, "data": -1}, "at most one"), ({"pipe": 2}, "unknown axis pipe"), ({"data": 3, "fsdp": -1}, "cannot be split")]:
+    for sizes, message in [
+        ({"fsdp": -1, "data": -1}, "at most one"),
+        ({"pipe": 2}, "unknown axis pipe"),
+        ({"data": 3, "fsdp": -1}, "cannot be split"),
+        ({"data": 2}, "needs 2 devices, 8 are there"),
+    ]:
         with pytest.raises(ValueError, match=message):
             make_mesh(sizes)
-    with pytest.raises(ValueError, match="needs 2 devices, 8 are there"):
-        make_mesh({"data": 2})
 
 
 def test_config_round_trips_and_names_every_problem():
@@ -162,7 +168,7 @@ def test_config_round_trips_and_names_every_problem():
     shapes = jax.tree.leaves(weight_shapes(UNTIED), is_leaf=lambda x: isinstance(x, tuple))
     assert sum(int(np.prod(shape)) for shape in shapes) == UNTIED.num_params()
     assert from_config(default_config().student.model, 300).vocab_size == 300
-    bad = to_hf(TIED) | {"rope_scaling": {"type": "linear", "factor": 2}, "attention_bias": True, "hidden_act": "gelu", "logit_softcap": 30.0}
+    bad = to_hf(TIED) | {"rope_scaling": {"factor": 2}, "attention_bias": True, "hidden_act": "gelu", "logit_softcap": 30.0}
     with pytest.raises(ModelError) as error:
         from_hf(bad)
     for name in ("rope_scaling", "attention_bias", "hidden_act", "logit_softcap"):

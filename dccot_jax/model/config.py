@@ -8,6 +8,8 @@ from typing import Any
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
+
 # Hugging Face fields that must hold one of these values, because another value changes the numbers.
 _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -114,7 +116,7 @@ class ModelConfig:
         problems = []
         if self.family not in FAMILIES:
             problems.append(f"family {self.family!r} is not one of {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 problems.append(f"{name} = {getattr(self, name)} must be at least 1")
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:

@@ -64,7 +64,6 @@ def init_params(mc: ModelConfig, key: jax.Array | int) -> Params:
     mesh = explicit_mesh()
     if mesh is None:
         return jax.jit(make)(key)
-    # Drawn replicated per leaf in the program, laid out by the compiler: Auto axes inside, the table outside.
     specs = param_specs(mc)
     return jax.jit(lambda key: jax.tree.map(jax.reshard, make(key), specs), out_shardings=specs)(key)
 
@@ -153,4 +152,5 @@ def _initial(mc: ModelConfig, name: str, shape: tuple[int, ...], rngs: nnx.Rngs)
     deviation = mc.hidden_size**-0.5
     if name in ("wo", "w_down"):
         deviation /= (2 * mc.num_layers) ** 0.5
-    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
+    # The barrier keeps the compiler from folding constants across it, which would change last bits with the mesh.
+    return deviation * jax.lax.optimization_barrier(jax.random.normal(rngs.params(), shape, jnp.float32))

@@ -30,7 +30,9 @@ def linear(x: jax.Array, w: jax.Array, *, use: P | None = None, out: P | None = 
     return checkpoint_name(contract("btd,df->btf", x, w, use=use, out=out, dtype=x.dtype), SAVED)
 
 
-def contract(subscripts: str, a: jax.Array, b: jax.Array, *, use: P | None = None, out: P | None = None, dtype: Any = jnp.float32) -> jax.Array:
+def contract(
+    subscripts: str, a: jax.Array, b: jax.Array, *, use: P | None = None, out: P | None = None, dtype: Any = jnp.float32
+) -> jax.Array:
     """einsum of two operands in a's dtype, accumulated in float32 and returned as `dtype`.
 
     Every index of an operand must occur in the result or in the other operand. See `linear` for `use` and `out`.
