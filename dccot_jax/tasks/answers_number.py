@@ -26,7 +26,9 @@ _NUMBER = re.compile(
 )
 _SCALE = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _RANGE_AFTER = re.compile(r"\s*(?:[-–—±]|\\pm\b|to\b|through\b)\s*[-+]?\s*[0-9(]|\s+[-+]?[0-9]", re.I)
-_EXPRESSION_AFTER = re.compile(r"\s*(?:[+*/×·÷^_:]|\\[A-Za-z]+|[xX](?=\s*[0-9(]))\s*[-+({]*\s*[0-9({\\]|\s*[π√∞!^]|\s*\\[A-Za-z]|[xyzn]\b|\.[0-9]|,[0-9]")
+_EXPRESSION_AFTER = re.compile(
+    r"\s*(?:[+*/×·÷^_:]|\\[A-Za-z]+|[xX](?=\s*[0-9(]))\s*[-+({]*\s*[0-9({\\]|\s*[π√∞!^]|\s*\\[A-Za-z]|[xyzn]\b|\.[0-9]|,[0-9]"
+)
 _BOUND_BEFORE = re.compile(r"(?:\bthan|\bleast|\bmost|[<>≤≥]|\\[lg](?:e|eq|t))\s*$", re.I)
 _NOT_BEFORE = re.compile(r"\b(?:not|n['’]t)(?:\s+\w+)?\s*$", re.I)
 _CLAUSE = re.compile(r"(\bor\b|\band\b|&|;|\(|\)|,(?![0-9]{3}(?![0-9])))", re.I)
@@ -38,11 +40,25 @@ _LEAD_IN = re.compile(
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|boxed|fbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9.]+)\s*\}\s*\{\s*([0-9.]+)\s*\}")
 _WORDS = {word: value for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 )}  # fmt: skip
-_TENS = {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+_TENS = {
+    word: 10 * value for value, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
+}
 _SUPERSCRIPTS = str.maketrans({digit: f"^{value}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
-_VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5", "⅙": "1/6", "⅛": "1/8"}
+_VULGAR = {
+    "½": "1/2",
+    "⅓": "1/3",
+    "⅔": "2/3",
+    "¼": "1/4",
+    "¾": "3/4",
+    "⅕": "1/5",
+    "⅖": "2/5",
+    "⅗": "3/5",
+    "⅘": "4/5",
+    "⅙": "1/6",
+    "⅛": "1/8",
+}
 
 
 def read_number(statement: str) -> Reading:

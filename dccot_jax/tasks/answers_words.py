@@ -108,7 +108,9 @@ def _letters(text: str, n_choices: int) -> list[re.Match[str]]:
 def _read_letters(text: str, letters: list[re.Match[str]], choices: Sequence[str]) -> Reading:
     values = [str(match[match.lastgroup or 0]).upper() for match in letters]
     first, start = values[0], letters[0]
-    leads = re.fullmatch(r"\W*(?:(?:option|choice|letter|either|both|most|likely|definitely|clearly|probably|is|the)\b\W*)*", text[: start.start()], re.I)
+    leads = re.fullmatch(
+        r"\W*(?:(?:option|choice|letter|either|both|most|likely|definitely|clearly|probably|is|the)\b\W*)*", text[: start.start()], re.I
+    )
     if leads is None and len(set(values)) > 1:
         return SEVERAL
     for (before, value), match in zip(list(zip(letters, values)), letters[1:]):

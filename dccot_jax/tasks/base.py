@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dccot_jax.records import ANSWER_TYPES, content_hash, normalise_question
+from dccot_jax.records import ANSWER_TYPES, content_hash
 
 DOMAINS = ("math", "commonsense", "science", "logic", "nli", "symbolic")
 
@@ -21,7 +23,7 @@ class Item:
     """One question of a task.
 
     Attributes:
-      id: content hash of (task, normalised question, choices); the same in every split, so a leak has the same id on both sides.
+      id: content hash of (task, `item_key` of question and choices); the same in every split, so a leak has the same id on both sides.
       task, split: registry name and split.
       question: the question as asked, without options and without the prompt suffix.
       choices: option texts in order A, B, ...; empty if the task has none.
@@ -75,10 +77,15 @@ class Task:
             raise ValueError(f"task {self.name}: domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
 
 
+def item_key(text: str) -> str:
+    """What makes a question itself: case, spacing and punctuation do not count, operators and brackets do ("not (a or b)" is not "not a or b")."""
+    return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>%()]", unicodedata.normalize("NFKC", text).casefold()))
+
+
 def make_item(task: str, split: str, question: str, *, choices: Sequence[str] = (), **fields: Any) -> Item:
     """An Item with its content id filled in; `fields` are the remaining Item attributes."""
     options = tuple(choices)
-    identity = content_hash("item/1", task, normalise_question(question), [normalise_question(option) for option in options])
+    identity = content_hash("item/1", task, item_key(question), [item_key(option) for option in options])
     return Item(id=identity, task=task, split=split, question=question, choices=options, **fields)
 
 

@@ -23,8 +23,30 @@ _RELATION_NAMES = {"\\leq": "<=", "\\le": "<=", "≤": "<=", "\\geq": ">=", "\\g
 _MIRROR = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _ASSIGNED = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z])(?:_\{?\w+\}?)?(?:\(\\?[A-Za-z]+\))?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+|\\?(?:text)?\{?[a-z]+\}?)\}?")
-_UNIT = re.compile(r"(.*[0-9)}\]])\s*\\(?:text|mbox|mathrm)\{\s*([A-Za-z][^{}]*)\}(\s*\^\s*\{?[0-9]\}?)?|(.*[0-9)}\]])\s+([A-Za-z]{2,}(?:[ /][A-Za-z]+)*\.?)", re.S)
-_NOT_UNITS = ("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "inf", "infty", "theta", "mod", "times", "div", "pm", "percent")
+_UNIT = re.compile(
+    r"(.*[0-9)}\]])\s*\\(?:text|mbox|mathrm)\{\s*([A-Za-z][^{}]*)\}(\s*\^\s*\{?[0-9]\}?)?|(.*[0-9)}\]])\s+([A-Za-z]{2,}(?:[ /][A-Za-z]+)*\.?)",
+    re.S,
+)
+_NOT_UNITS = (
+    "pi",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "log",
+    "ln",
+    "exp",
+    "or",
+    "and",
+    "inf",
+    "infty",
+    "theta",
+    "mod",
+    "times",
+    "div",
+    "pm",
+    "percent",
+)
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.S)
 _OPEN, _CLOSE = ("(", "[", "\\{", "{"), (")", "]", "\\}", "}")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.S)
@@ -67,7 +89,9 @@ def last_latex(text: str) -> Reading:
 
 def normalise(text: str) -> str:
     """One spelling for what looks the same: spacing, delimiters, \\dfrac, degrees, currency, a final period."""
-    text = text.translate(str.maketrans({"−": "-", "–": "-", "π": "\\pi ", "∞": "\\infty ", "×": "\\times ", "·": "\\cdot ", "°": "", "∪": "\\cup "}))
+    text = text.translate(
+        str.maketrans({"−": "-", "–": "-", "π": "\\pi ", "∞": "\\infty ", "×": "\\times ", "·": "\\cdot ", "°": "", "∪": "\\cup "})
+    )
     text = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|textstyle|limits)(?![A-Za-z])\.?", "", text)
     text = text.replace("\\$", "").replace("$", "").replace("\\!", "").replace("{,}", ",").replace("\\%", "%")
     text = re.sub(r"(?<!\\)\\[,;: ]|\\quad|\\qquad|~|\\\(|\\\)|\\\[|\\\](?![A-Za-z])", " ", text)
@@ -310,5 +334,3 @@ def _in_base(match: re.Match[str]) -> int | None:
 
 def _squash(text: str) -> str:
     return re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", text)
-
-
