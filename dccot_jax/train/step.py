@@ -1,0 +1,126 @@
+"""One optimizer step: (state, batch) -> (state, metrics), compiled once, with the state donated.
+
+The state is a plain dict ``{"params", "opt", "step"}``. Master parameters and moments are float32; activations use the
+compute dtype. All arrays live on an Explicit mesh, so gradients carry exactly the parameters' shardings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import P
+
+from dccot_jax.config import ConfigError
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import BATCH
+from dccot_jax.train.losses import weighted_loss
+from dccot_jax.train.optimizer import clip_scale, make_optimizer, make_schedule
+
+State = dict[str, Any]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """State before step 0. The moments take over the shardings of `params`; call under the mesh of `params`."""
+    return {"params": params, "opt": jax.jit(optimizer.init)(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:
+    """[G, T] arrays as [k, G/k, T]: row r goes to micro-batch r mod k, so that no row leaves its device.
+
+    Raises ValueError if k·(devices along the batch) does not divide G.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.shape[0]
+        out = jnp.reshape(x, (rows // microbatches, microbatches, *x.shape[1:]), out_sharding=P(BATCH, None, None))
+        return jnp.moveaxis(out, 1, 0)
+
+    return {name: split(x) for name, x in batch.items()}
+
+
+def loss_and_grads(
+    params: Any, mc: ModelConfig, batch: Mapping[str, jax.Array], *, microbatches: int = 1, compute_dtype: Any = jnp.float32, remat: str
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Σ w·nll, Σ w, and the gradient of Σ w·nll (not yet divided), over all micro-batches.
+
+    Sums are accumulated, never means: micro-batches with different numbers of trained tokens count by their tokens.
+    """
+
+    def loss_sum(p: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return weighted_loss(p, mc, rows, compute_dtype=compute_dtype, remat=remat)
+
+    grad = jax.value_and_grad(loss_sum, has_aux=True)
+    if microbatches == 1:
+        (total, weight), grads = grad(params, batch)
+        return total, weight, grads
+
+    def accumulate(carry: Any, rows: Mapping[str, jax.Array]) -> tuple[Any, None]:
+        (total, weight), grads = grad(params, rows)
+        return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(accumulate, (zero, zero, jax.tree.map(jnp.zeros_like, params)), split_rows(batch, microbatches))
+    return sums
+
+
+def make_train_step(
+    mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any, compute_dtype: Any, *, steps: int
+) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
+    """The jitted step. Call it (and lower it) under ``jax.set_mesh(mesh)``.
+
+    Args:
+      mc, mesh: model and mesh. train: the config's ``train`` group. compute_dtype: dtype of activations.
+      steps: steps of the whole training; the learning-rate schedule ends there.
+
+    Returns:
+      A function of (state, batch) with `state` donated; batch arrays are [G, T], sharded over ("data", "fsdp").
+      Metrics are (sum, weight): ``loss`` (nats, per unit of weight), ``grad_norm`` (before clipping), ``learning_rate``,
+      ``tokens`` (non-padding, per step), ``trained_tokens`` (weight > 0), ``skipped``. A step whose gradient is not finite, or
+      that has nothing to train on, changes neither parameters nor moments and counts as skipped; the step number still rises.
+
+    Raises:
+      ConfigError: the rows of a step cannot be split evenly over micro-batches and devices.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.rows_per_step % (train.microbatches * shards):
+        raise ConfigError(
+            f"config.train.rows_per_step: {train.rows_per_step} is not a multiple of train.microbatches × (devices along data and fsdp) = "
+            f"{train.microbatches} × {shards}"
+        )
+    optimizer = make_optimizer(train)
+    schedule = make_schedule(train, steps)
+
+    def step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
+        params = state["params"]
+        total, weight, grads = loss_and_grads(
+            params, mc, batch, microbatches=train.microbatches, compute_dtype=compute_dtype, remat=train.remat
+        )
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
+        norm = optax.global_norm(grads)
+        learn = jnp.isfinite(norm) & jnp.isfinite(total) & (weight > 0)
+        scale = clip_scale(norm, train.clip_norm)
+        rate = schedule(state["step"])
+        updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state["opt"], params)
+        moved = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        new = {
+            "params": jax.tree.map(lambda a, b: jnp.where(learn, a, b), moved, params),
+            "opt": jax.tree.map(lambda a, b: jnp.where(learn, a, b), opt, state["opt"]),
+            "step": state["step"] + 1,
+        }
+        one = jnp.ones((), jnp.float32)
+        metrics = {
+            "loss": (jnp.where(learn, total, 0.0), jnp.where(learn, weight, 0.0)),
+            "grad_norm": (jnp.where(learn, norm, 0.0), learn.astype(jnp.float32)),
+            "learning_rate": (rate, one),
+            "tokens": (jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), one),
+            "trained_tokens": (jnp.sum(batch["weights"] > 0).astype(jnp.float32), one),
+            "skipped": ((~learn).astype(jnp.float32), one),
+        }
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)

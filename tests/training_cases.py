@@ -1,0 +1,108 @@
+"""Small models, sequences and batches for the tests of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dccot_jax.config import default_config
+from dccot_jax.model import decoder, head
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import BATCH, make_mesh, param_shardings, weight_shapes
+
+# H differs from D / N, K from N, the rotary base from its default, and the sizes divide a (2, 2, 2) mesh.
+TINY = ModelConfig(
+    family="llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    rope_theta=500.0, tie_embeddings=True, max_positions=64,
+)  # fmt: skip
+UNTIED = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, tie_embeddings=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence_:
+    """Token ids, how many of them are prompt, and the weight of each completion token."""
+
+    ids: np.ndarray
+    prompt: int
+    weight: float
+
+
+def sequences(rng: np.random.Generator, count: int, *, longest: int = 16, vocab: int = TINY.vocab_size, weight: float = 1.0) -> list[Sequence_]:
+    found = []
+    for _ in range(count):
+        length = int(rng.integers(4, longest + 1))
+        found.append(Sequence_(rng.integers(0, vocab, length).astype(np.int32), int(rng.integers(1, length - 1)), weight))
+    return found
+
+
+def pack(rows: Sequence[Sequence[Sequence_]], row_tokens: int) -> dict[str, np.ndarray]:
+    """Lay out sequences: ``rows[g]`` are those of packed row g."""
+    shape = (len(rows), row_tokens)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels", "segment_ids", "positions")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    for g, row in enumerate(rows):
+        start = 0
+        for segment, seq in enumerate(row, 1):
+            end = start + len(seq.ids)
+            assert end <= row_tokens
+            batch["tokens"][g, start:end] = seq.ids
+            batch["labels"][g, start : end - 1] = seq.ids[1:]
+            batch["segment_ids"][g, start:end] = segment
+            batch["positions"][g, start:end] = np.arange(len(seq.ids))
+            batch["weights"][g, start + seq.prompt - 1 : end - 1] = seq.weight
+            start = end
+    return batch
+
+
+def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.devices()[: data * fsdp * tensor])
+
+
+def place(batch: dict[str, np.ndarray], on: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    return {name: jax.device_put(x, jax.NamedSharding(on, jax.P(BATCH, None))) for name, x in batch.items()}
+
+
+@functools.cache
+def host_params(mc: ModelConfig, seed: int = 0):
+    """Random parameters on the host; nothing has to be compiled for them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shapes):
+        return {
+            name: draw(shape)
+            if isinstance(shape, dict)
+            else (1.0 + 0.1 * rng.standard_normal(shape) if name.endswith("norm") else 0.2 * rng.standard_normal(shape)).astype(np.float32)
+            for name, shape in sorted(shapes.items())
+        }
+
+    return draw(weight_shapes(mc))
+
+
+def params_on(mc: ModelConfig, on: jax.sharding.Mesh, seed: int = 0):
+    return jax.tree.map(jax.device_put, host_params(mc, seed), param_shardings(mc, on))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _label_logp(params, mc: ModelConfig, batch) -> jax.Array:
+    hidden = decoder.forward(params, mc, batch["tokens"], batch["segment_ids"], batch["positions"])
+    return head.token_stats(params, mc, hidden, batch["labels"], want=("label_logp",))["label_logp"]
+
+
+def sequence_nll(params, mc: ModelConfig, seq: Sequence_, on: jax.sharding.Mesh) -> np.ndarray:
+    """NLL of each completion token of one sequence alone in its batch, float64 [n]."""
+    batch = pack([[seq]], 16)  # padding on the right cannot be seen by a causal model
+    with jax.set_mesh(on):
+        logp = np.asarray(_label_logp(params, mc, batch), np.float64)
+    return -logp[0, seq.prompt - 1 : len(seq.ids) - 1]
+
+
+def train_config(**changes) -> ConfigDict:
+    """The config's ``train`` group with small sizes."""
+    group = default_config().train.copy_and_resolve_references().unlock()
+    group.update({"rows_per_step": 8, "row_tokens": 32, "warmup_steps": 2, "learning_rate": 1e-2, **changes})
+    return group
