@@ -89,11 +89,11 @@ class PlanSource:
     def __repr__(self) -> str:  # Grain prints its sources
         return f"PlanSource({self._steps} steps, rows {len(self.rows)} x {self._row_tokens})"
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch:
         batch = self._empty(len(self.rows))
         used = np.zeros(len(self.rows), np.int64)
         segments = np.zeros(len(self.rows), np.int64)
-        for entry in self._entries(step):
+        for entry in self._entries(index):
             place = self._place[self._row[entry]]
             if place >= 0:
                 segments[place] += 1

@@ -29,12 +29,12 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     del inputs
     if not ctx.is_main:
         return StageResult("")
-    from dccot_jax.model.config import ModelConfig
+    from dccot_jax.model.config import from_config, from_hf
 
     tokenizer_dir = out.file("tokenizer")
     if cfg.student.path:
         source = Path(cfg.student.path).expanduser()
-        model = ModelConfig.from_hf(_hf_config(source))
+        model = from_hf(_hf_config(source))
         copy_tokenizer(source, tokenizer_dir)
         weights: dict[str, Any] = {"kind": "hf", "path": str(source.resolve()), "hash": weights_hash(source)}
     else:
@@ -42,7 +42,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             embedded_tokenizer_dir(tokenizer_dir, max_positions=cfg.student.model.max_positions)
         else:
             copy_tokenizer(cfg.student.tokenizer, tokenizer_dir)
-        model = ModelConfig.from_config(cfg.student.model, len(load_tokenizer(tokenizer_dir)))
+        model = from_config(cfg.student.model, len(load_tokenizer(tokenizer_dir)))
         weights = {"kind": "random", "seed": derive_seed(cfg.seed, "init")}
 
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -59,7 +59,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     }
     if weights["kind"] == "random":  # a pretrained student keeps what its own config says
         model = dataclasses.replace(model, eos_token_ids=tuple(stops), pad_token_id=about["pad_id"])
-    fields = dataclasses.asdict(model)
+    fields = model.to_dict()
     out.write_json("student", {"model": fields, "weights": weights, "tokenizer": about})
     meaning = {"model": fields, "weights": {key: value for key, value in weights.items() if key != "path"}, "tokenizer": about}
     ctx.log(f"  student: {weights['kind']} weights, vocabulary {model.vocab_size:,}, tokenizer {about['hash'][:12]}")

@@ -149,20 +149,18 @@ def _example_quotas(parts: Mapping[str, list[Group]], shares: Mapping[str, float
                 f"and there are {sizes[short[0]]}"
             )
         return wanted
-    low, high = 0, sum(sizes.values())  # quotas grow with the total up to rounding; the descent below settles the last few
+    empty = [name for name in sorted(parts) if not sizes[name] and shares[name] > 0]
+    if empty:
+        raise PlanError(
+            f"config.mix: no group of part {empty[0]!r}, which should make up {shares[empty[0]] / sum(shares.values()):.0%} of the mix"
+        )
+    low, high = 0, sum(sizes.values())  # the largest total whose quotas all parts can fill; `low` always can be filled
     while low < high:
         middle = (low + high + 1) // 2
         if all(count <= sizes[name] for name, count in quotas(middle, shares).items()):
             low = middle
         else:
             high = middle - 1
-    if low == 0 and sum(sizes.values()):
-        empty = [name for name in sorted(parts) if not sizes[name] and shares[name] > 0]
-        raise PlanError(
-            f"config.mix: no group of part {empty[0]!r}, which should make up {shares[empty[0]]:.0%} of the mix"
-            if empty
-            else "config.mix: empty mix"
-        )
     return quotas(low, shares)
 
 
