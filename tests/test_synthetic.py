@@ -275,12 +275,13 @@ def test_augmenters_requests(task: str, style: str) -> None:
         new = after(ask(style, text, **request), "New question:")
         problem = family.parse(new)
         assert problem is not None and skeleton_split(family.name, family.skeleton(problem)) == "train"
-        stated(ask(style, new + choices))
+        assert [f"({letter}) {text}" in new for letter, text in zip("ABCD", item.choices)] == [True] * len(item.choices)
+        assert stated(ask("verbose", new)) == stated(ask("concise", new))
         assert after(ask(style, text, **request, sample_index=1), "New question:") != new
 
         text = f"Task: backward question\nQuestion: {shown(item)}\nAnswer: {item.gold}"
         back = after(ask(style, text, **request), "Backward question:")
-        reasoning = ask(style, back + choices)
+        reasoning = ask(style, back)
         check_equations(reasoning)
         answer = stated(reasoning)
 
@@ -291,6 +292,11 @@ def test_augmenters_requests(task: str, style: str) -> None:
         assert verdict(item.question, item.gold, back, answer) == "True"
         assert verdict(item.question, item.gold, back, reasoning) == "True"
         assert verdict(item.question, item.gold, back, another(answer)) == "False"
+        if item.choices:  # letters, words and both mean the same
+            word, recovered = (item.choices["ABCD".index(letter)] for letter in (item.gold or "", answer))
+            assert verdict(item.question, f"({item.gold}) {word}", back, f"({answer}) {recovered}") == "True"
+            assert verdict(item.question, word, back, f"the {recovered}", options="") == "True"
+            assert verdict(item.question, f"({another(item.gold or '')}) {word}", back, answer) == "False"
         assert verdict(item.question, another(item.gold or ""), back, answer) == "False"
         assert verdict(item.question, item.gold, new, answer) == "False"
         other = load(task, "test")[300]

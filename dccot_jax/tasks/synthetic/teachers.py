@@ -14,6 +14,8 @@ beginning of a line, come after that line, with any instruction text between:
   Task: backward question   Question:, Answer:                 -> Backward question: ...
   Task: consistency         Question 1:, Answer 1:, Question 2:, Answer 2:   -> reasoning, last line True or False
 
+Options shown with a question, as ``(A) ball (B) cup``, are repeated after a new or a backward question.
+
 Anything else is a question to solve, forward or backward. Augmenters' requests are answered correctly in every style;
 only solving a forward question in style ``noisy`` goes wrong.
 
@@ -49,6 +51,7 @@ REPHRASED_REPLY, NEW_REPLY, BACKWARD_REPLY = "Rephrased question:", "New questio
 
 _TASK = re.compile(r"^Task:[ \t]*(.+?)[ \t]*$", re.MULTILINE)
 _BLOCK = re.compile(r"^(Question(?: [12])?:|Answer(?: [12])?:)", re.MULTILINE)
+_LETTERED = re.compile(r"\(?([A-J])\)?(?:\s+(.+?))?\.?")
 _STATED = re.compile(r"[Tt]he answer is:?\s*(.+?)\.?\s*$", re.MULTILINE)
 
 
@@ -102,11 +105,11 @@ class ScriptedTeacher:
         if kind == REPHRASE:
             return f"{REPHRASED_REPLY} {family.rephrase(problem, rng)}"
         if kind == NEW_QUESTION:
-            return f"{NEW_REPLY} {new_question(family, problem, rng)}"
+            return f"{NEW_REPLY} {new_question(family, problem, rng)}{_same_options(blocks)}"
         if kind == BACKWARD_QUESTION:
-            if not _states(_need(blocks, ANSWER), family.answer(problem), blocks):
+            if not _states(_need(blocks, ANSWER), family.answer(problem), options(_need(blocks, QUESTION))):
                 raise UnreadableRequest("the given answer does not answer the question")
-            return f"{BACKWARD_REPLY} {family.backward(problem, rng)}"
+            return f"{BACKWARD_REPLY} {family.backward(problem, rng)}{_same_options(blocks)}"
         raise UnreadableRequest(f"unknown task {task[1]!r}")
 
     def _solve(self, text: str, request: Request) -> str:
@@ -159,17 +162,27 @@ def _need(blocks: dict[str, str], tag: str) -> str:
     return blocks[tag]
 
 
-def _states(text: str, answer: str, blocks: Mapping[str, str]) -> bool:
-    """Whether `text` (a bare answer, or a rationale with an answer line) states `answer`, in words or as an option letter.
+def _same_options(blocks: Mapping[str, str]) -> str:
+    """The options shown with the question, for the end of the question that is made from it."""
+    return "".join(f" ({letter}) {text}" for text, letter in options(_need(blocks, QUESTION)).items())
 
-    Options may stand in any block: all questions of one request share them. Raises UnreadableRequest for a letter without options.
+
+def _states(text: str, answer: str, letters: Mapping[str, str]) -> bool:
+    """Whether `text` states `answer`, as words, as an option letter or as both ("(B) cup").
+
+    `text` is a bare answer or a rationale with an answer line; `letters` maps option texts to letters.
+    Raises UnreadableRequest for a letter where no options are shown.
     """
     found = _STATED.findall(text)
-    stated = (found[-1] if found else text).strip().strip("().").removeprefix("the ")
-    letters = options("\n".join(blocks.values()))
-    if not letters and re.fullmatch("[A-J]", stated):
-        raise UnreadableRequest(f"the answer is option {stated} but the request shows no options")
-    return stated.lower() == answer.lower() or letters.get(answer) == stated
+    lettered = _LETTERED.fullmatch((found[-1] if found else text).strip())
+    if lettered is None:
+        return (found[-1] if found else text).strip(" .").lower().removeprefix("the ") == answer.lower()
+    letter, words = lettered[1], (lettered[2] or "").strip(" .")
+    if words:
+        return words == answer and letters.get(words, letter) == letter
+    if not letters:
+        raise UnreadableRequest(f"the answer is option {letter} but the request shows no options")
+    return letters.get(answer) == letter
 
 
 def _consistency(blocks: dict[str, str]) -> str:
@@ -180,11 +193,12 @@ def _consistency(blocks: dict[str, str]) -> str:
     backward = family.parse_backward(second)
     if backward is None:
         return "Question 2 does not ask for a part of question 1.\nFalse"
-    if not _states(given, family.answer(problem), blocks):
+    letters, letters_2 = options(first) or options(second), options(second) or options(first)
+    if not _states(given, family.answer(problem), letters):
         return f"Question 1 has the answer {family.answer(problem)}, not the given one.\nFalse"
     same, masked = family.same_story(problem, backward)
     if not same:
         return "Question 2 tells another story than question 1.\nFalse"
-    if not _states(recovered, masked, blocks):
+    if not _states(recovered, masked, letters_2):
         return f"The part that question 2 asks for is {masked} in question 1, not the given answer.\nFalse"
     return f"Question 1 says {masked}, and that is answer 2.\nTrue"
