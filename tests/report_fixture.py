@@ -153,7 +153,7 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
                 table_hash(plan, by=("step", "id")),
                 len(chosen),
                 len(set(plan.column("id").to_pylist()) & set(ids)),
-                facts={"completion_tokens": 65_000, "steps": steps},
+                facts={"completion_tokens": {"unique": 31_000, "seen": 65_000}, "steps": steps, "fill_rate": 0.93},
             ),
             0.4,
         ),
@@ -173,6 +173,7 @@ def _evaluation(store: Store, arm: str, seed: int, items: int) -> Artifact:
         samples += rows
     metrics = {
         "tasks": tasks,
+        "groups": {group: [task for task, owner in TASKS.items() if owner == group] for group in ("iid", "ood", "cross")},
         "protocol": {"name": "sound", "max_new_tokens": 160, "decoding": "greedy", "prompts": {}, "chat_template_sha256": "ab" * 32},
         "student": {"parameters": 812_000},
     }

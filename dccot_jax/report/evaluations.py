@@ -58,11 +58,12 @@ def arm_names(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def task_groups(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
     """Tasks per group (IID, OOD, cross-domain) in order of appearance; empty groups are left out."""
-    tasks: dict[str, str] = {}
-    for evaluation in evaluations:
-        for task, metrics in evaluation.metrics["tasks"].items():
-            tasks.setdefault(task, metrics["group"])
-    return {group: names for group in GROUPS if (names := [task for task, owner in tasks.items() if owner == group])}
+    found: dict[str, list[str]] = {}
+    for group in GROUPS:
+        names = dict.fromkeys(task for item in evaluations for task in item.metrics["groups"].get(group, ()))
+        if names:
+            found[group] = list(names)
+    return found
 
 
 def of_arm(evaluations: Sequence[Evaluation], arm: str, task: str) -> dict[int, Evaluation]:

@@ -157,6 +157,7 @@ def build_results(
         "system_instruction_sha": None,
         "protocol": protocol,
         "groups": task_groups(evaluations),
+        "arm_order": list(arms),
         "arms": dict(arms),
         "cells": [
             {"arm": item.arm, "seed": item.seed, "task": task, "artifact": _relative(item.artifact.path, workdir), **metrics}
