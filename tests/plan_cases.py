@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dccot_jax.artifact import Artifact, ArtifactWriter, open_artifact, table_hash
 from dccot_jax.config import default_config, override
 from dccot_jax.data.tokenize import TokenRow, tokens_table
 from dccot_jax.mix.groups import Group, build_groups
@@ -68,3 +71,15 @@ def groups_of(traces: Sequence[Trace], tokens: pa.Table) -> list[Group]:
     groups, dropped = build_groups([trace.id for trace in traces], traces_to_table(traces), tokens)
     assert not dropped
     return groups
+
+
+def fake(path: Path, kind: str, tables: Mapping[str, pa.Table], facts: Mapping[str, Any] | None = None) -> Artifact:
+    """A finished-looking artifact holding `tables`."""
+    writer = ArtifactWriter(path / kind)
+    for name, table in tables.items():
+        writer.write_table(name, table)
+    logical = json.dumps({name: table_hash(table, by=("id",)) for name, table in tables.items()})
+    writer.write_text(
+        "manifest.json", json.dumps({"kind": kind, "identity": kind, "logical_hash": logical, "facts": facts or {}, "files": {}})
+    )
+    return open_artifact(writer.path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from plan_cases import case, config, groups_of
+from plan_cases import case, config, fake, groups_of
 
-from dccot_jax.artifact import Artifact, ArtifactWriter, open_artifact, table_hash
+from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.mix.groups import PlanError
 from dccot_jax.mix.plan import make_plan, plan_document, plan_table, run
@@ -153,18 +152,6 @@ def test_group_wider_than_a_step_is_dropped(triples):
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
-
-
-def fake(path, kind, tables, facts=None) -> Artifact:
-    """A finished-looking artifact holding `tables`."""
-    writer = ArtifactWriter(path / kind)
-    for name, table in tables.items():
-        writer.write_table(name, table)
-    logical = json.dumps({name: table_hash(table, by=("id",)) for name, table in tables.items()})
-    writer.write_text(
-        "manifest.json", json.dumps({"kind": kind, "identity": kind, "logical_hash": logical, "facts": facts or {}, "files": {}})
-    )
-    return open_artifact(writer.path)
 
 
 @pytest.fixture
