@@ -262,11 +262,14 @@ def _tasks(console: Console) -> int:
 
 
 def _validate(console: Console) -> int:
-    config = _config()
     from dccot_jax import pipeline
+    from dccot_jax.preflight import check
+
+    config = _config()
+    check(config)
 
     for arm, arm_config in config_lib.arms(config).items():
-        nodes = pipeline.graph(arm_config, base=bool(config.evaluate.base))
+        nodes = pipeline.graph(arm_config, base=False)
         print(f"{arm}: {' → '.join(nodes)}")
     print(f"valid; {len(config_lib.arms(config))} arm(s) × {len(config_lib.seeds(config))} seed(s)")
     return 0

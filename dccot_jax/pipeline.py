@@ -33,6 +33,7 @@ from dccot_jax.artifact import (
 )
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
+from dccot_jax.preflight import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
     Raises:
       ConfigError: a config that cannot work, or an unknown stage name.
     """
-    config_lib.validate(config)
+    check(config)
     for name, value in (("--until", until), ("--only", only)):
         if value and value not in (*ORDER, REPORT) and value.split(":")[0] not in ORDER:
             raise ConfigError(f"{name}={value}: no such stage; stages are {', '.join((*ORDER, REPORT))}")
@@ -264,7 +265,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> A
 
     Raises ConfigError if the path is neither.
     """
-    config_lib.validate(config)
+    check(config)
     store = Store(ctx.workdir / "artifacts")
     if (checkpoint / "manifest.json").exists():
         role, source = "train", open_artifact(checkpoint)
