@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dccot_jax.formats_rows import join_reasoning, split_reasoning
 from dccot_jax.records import Request, Response, Teacher, Trace, canonical_json, make_trace
-from dccot_jax.tasks.answers import extract
+from dccot_jax.tasks.answers import equal, extract
 from dccot_jax.tasks.base import Item, Task
 from dccot_jax.teachers.cache import request_key
 
@@ -35,6 +36,19 @@ def rationale(target: str) -> str:
     return rest[: statements[-1].start()].rstrip() if statements else rest.strip()
 
 
+def as_stated(target: str, canonical: str, answer_type: str, choices: Sequence[str] = ()) -> str:
+    """An answer in the words of the text it was read from ("05/20/2024"), where a date, a formula or a string states it so.
+
+    Numbers, letters and yes/no stay canonical.
+    """
+    if answer_type not in ("date", "latex", "string"):
+        return canonical
+    _, rest = split_reasoning(target)
+    statements = list(_STATEMENT.finditer(rest))
+    stated = rest[statements[-1].end() :].strip().strip(":").strip().removesuffix(".") if statements else ""
+    return stated if stated and equal(stated, canonical, answer_type, choices) else canonical
+
+
 def item_fields(item: Item, task: Task, split: str) -> dict[str, Any]:
     """The fields of a trace that come from its question."""
     return {
@@ -48,9 +62,11 @@ def item_fields(item: Item, task: Task, split: str) -> dict[str, Any]:
     }
 
 
-def reply_fields(teacher: Teacher, request: Request, response: Response) -> dict[str, Any]:
-    """The fields of a trace that come from one reply; ``meta`` leads back to the cached request."""
-    meta = {"request": request_key(teacher, request), "model": response.model}
+def reply_fields(teacher: Teacher, request: Request, response: Response, via: Sequence[Request] = ()) -> dict[str, Any]:
+    """The fields of a trace that come from one reply; ``meta`` leads back to the cached request and to those that led to it."""
+    meta: dict[str, Any] = {"request": request_key(teacher, request), "model": response.model}
+    if via:
+        meta["via"] = [request_key(teacher, earlier) for earlier in via]
     return {
         "teacher": teacher.name,
         "style": str(getattr(teacher, "style", "")),

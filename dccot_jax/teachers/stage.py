@@ -94,7 +94,6 @@ def _generate(
     jobs = [(item, _request(task, item, cfg, sample)) for item in items for sample in range(cfg.traces.samples)]
     with ctx.progress(f"traces {teacher.name}", len(jobs), "requests") as bar:
         responses = complete_all(teacher, [request for _, request in jobs], cache=cache, meter=usage, on_done=bar.advance)
-        bar.advance(usage.shared)
     traces, dropped = [], []
     for (item, request), response in zip(jobs, responses, strict=True):
         place = f"{item.id}/{teacher.name}/{request.sample_index}"
