@@ -43,7 +43,8 @@ class Meter:
         elif now - self._last >= _PLAIN_INTERVAL_SECONDS:
             self._last = now
             left = max(self._total - self.done, 0) / max(rate, 1e-9)
-            self._console.print(f"  {self._label}: {self.done:,}/{self._total:,} {text}, {left:,.0f} s left", highlight=False)
+            line = f"  {self._label}: {self.done:,}/{self._total:,} {text}, {left:,.0f} s left"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass
@@ -79,7 +80,7 @@ class Context:
 
     def log(self, text: str) -> None:
         """One line for the reader of the terminal."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str = "rows") -> Iterator[Meter]:
