@@ -135,13 +135,13 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
             StageResult("c", 593, 590, {"too_long": 3}, {"completion_tokens": 41234}),
             1.2,
         ),
-        "score": _finish(store, "score", data, {"scores": scores}, StageResult("d", 590, 590), 20.0),
+        "score": _finish(store, "score", data, {"scores": scores}, StageResult(f"d{data}", 590, 590), 20.0),
         "select": _finish(
             store,
             "select",
             arm,
             {"kept": pa.table({"id": [t.id for t in chosen]}), "dropped": out},
-            StageResult("e", 590, len(chosen), {"teacher_wrong": len(out)} if out else {}),
+            StageResult(f"e{data}{len(out)}", 590, len(chosen), {"teacher_wrong": len(out)} if out else {}),
             0.2,
         ),
         "plan": _finish(

@@ -93,20 +93,19 @@ def read_log(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def scores(runs: Sequence[ArmRun], bins: int = 40) -> list[dict[str, Any]]:
-    """Histograms of every signal over kept and dropped rows, one entry per distinct (score, select) pair.
+    """Histograms of every signal over kept and dropped rows, one entry per distinct (score, select) pair of the arms' first seeds.
 
     Returns [{arms, signals: {name: {edges [bins+1], kept [bins], dropped [bins], n, outside}}}]; edges span the 0.5 % to
     99.5 % quantiles and `outside` counts the rows beyond them.
     """
     distinct: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in runs:
+    for run in (group[0] for group in by_arm(runs).values()):
         score, select = run.artifacts.get("score"), run.artifacts.get("select")
         if score is None or select is None:
             continue
         key = (score.logical_hash, select.logical_hash)
         if key in distinct:
-            if run.arm not in distinct[key]["arms"]:
-                distinct[key]["arms"].append(run.arm)
+            distinct[key]["arms"].append(run.arm)
             continue
         table = score.table("scores")
         kept = np.asarray(pc.is_in(table.column("id"), value_set=pa.array(select.table("kept").column("id").to_pylist(), pa.string())))

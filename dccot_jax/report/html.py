@@ -34,9 +34,17 @@ def render_page(results: Mapping[str, Any], evaluations: Sequence[Evaluation], f
 
     source = resources.files("dccot_jax.report").joinpath("template.html.jinja").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"pct": _percent, "points": _points, "p": format_p, "num": _number, "marks": marks, "compact": _compact}
+    environment.filters |= {
+        "pct": _percent,
+        "points": _points,
+        "p": format_p,
+        "num": _number,
+        "marks": marks,
+        "compact": _compact,
+        "signed": _signed,
+    }
     arms = list(results["arms"])
-    styles = plots.arm_styles(arms, BASE)
+    styles = {arm: {**style, "glyph": _GLYPHS[style["marker"]]} for arm, style in plots.arm_styles(arms, BASE).items()}
     declared = [row for row in results["comparisons"] if row["kind"] == "declared"]
     return environment.from_string(source).render(
         r=results,
@@ -66,6 +74,7 @@ def render_page(results: Mapping[str, Any], evaluations: Sequence[Evaluation], f
     )
 
 
+_GLYPHS = {"x": "×", "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}  # of the figures' markers
 _LABELS = {
     "tokens": "Accuracy against mean completion tokens",
     "steps": "Accuracy by number of reasoning steps",
@@ -167,6 +176,10 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 def _points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _number(value: Any, digits: int = 0) -> str:
