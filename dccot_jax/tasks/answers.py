@@ -1,8 +1,8 @@
 """Judging answers: the one place that reads an answer from a model's text and compares it with the gold answer.
 
-Two readings of every text. *strict*: the last terminated ``\\boxed{}``, else what the last "the answer is" states. *flexible*: the same, and if
-there is neither, the answer type's own fallback (last number, last yes/no, last letter, ...). A statement of several different answers
-is no answer in either reading, and so is an unterminated final box or a thinking channel that never closes.
+Two readings of every text. *strict*: the last terminated ``\\boxed{}``, else what the last "the answer is" states. *flexible*:
+the same, and if there is neither, the answer type's own fallback (last number, last yes/no, last letter, ...). A statement of several
+different answers is no answer in either reading, and so is an unterminated final box or a thinking channel that never closes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Extraction:
 class Judgement:
     """Verdicts and canonical answers of both readings.
 
-    reason belongs to the flexible reading: ``correct``, ``wrong``, ``timeout``, ``bad_gold`` (the gold answer cannot be read: not a verdict on the
-    text), or a reason of `Extraction` for a missing answer.
+    reason belongs to the flexible reading: ``correct``, ``wrong``, ``timeout``, ``bad_gold`` (the gold answer cannot be read: not a
+    verdict on the text), or a reason of `Extraction` for a missing answer.
     """
 
     strict: bool
@@ -88,7 +88,7 @@ def extract(text: str, answer_type: str, choices: Sequence[str] = ()) -> Extract
 
 
 def equal(prediction: str, gold: str, answer_type: str, choices: Sequence[str] = (), *, time_limit: float = 5.0) -> bool:
-    """Whether two bare answers (no surrounding text) mean the same. An answer that cannot be read, or a timeout, is not equal to anything."""
+    """Whether two bare answers (no surrounding text) mean the same. What cannot be read, or timed out, is not equal to anything."""
     left, right = canonical(prediction, answer_type, choices), canonical(gold, answer_type, choices)
     return left is not None and right is not None and _compare(left, right, answer_type, time_limit) == "correct"
 

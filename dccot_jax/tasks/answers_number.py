@@ -31,7 +31,7 @@ _EXPRESSION_AFTER = re.compile(
 )
 _BOUND_BEFORE = re.compile(r"(?:\bthan|\bleast|\bmost|[<>≤≥]|\\[lg](?:e|eq|t))\s*$", re.I)
 _NOT_BEFORE = re.compile(r"\b(?:not|n['’]t)(?:\s+\w+)?\s*$", re.I)
-_CLAUSE = re.compile(r"(\bor\b|\band\b|&|;|\(|\)|,(?![0-9]{3}(?![0-9])))", re.I)
+_CLAUSE = re.compile(r"(\bor\b|\band\b|&|;|,(?![0-9]{3}(?![0-9])))", re.I)
 _LEAD_IN = re.compile(
     r"\W*(?:(?:is|are|was|be|about|around|approximately|approx|roughly|exactly|only|just|nearly|equals?|either|both|maybe|perhaps|possibly|"
     r"also|then|it|its|it's|to|could|might|total|of|the|therefore|thus|so|i\.e|namely|simply)\b[\s.:]*)*",
@@ -39,12 +39,10 @@ _LEAD_IN = re.compile(
 )
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|boxed|fbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9.]+)\s*\}\s*\{\s*([0-9.]+)\s*\}")
-_WORDS = {word: value for value, word in enumerate(
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-)}  # fmt: skip
-_TENS = {
-    word: 10 * value for value, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
-}
+_UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: value for value, word in enumerate(_UNITS.split())}
+_TENS = {word: 10 * value for value, word in enumerate(_TEN_WORDS.split(), start=2)}
 _SUPERSCRIPTS = str.maketrans({digit: f"^{value}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = {
     "½": "1/2",
@@ -66,9 +64,7 @@ def read_number(statement: str) -> Reading:
     text = plain(statement)
     if is_negated(text):
         return NO_ANSWER
-    pieces = _CLAUSE.split(text)
-    clauses = [("", pieces[0]), *zip((word.lower() for word in pieces[1::2]), pieces[2::2])]
-    clauses = [(joint, _result_side(clause)) for joint, clause in clauses if clause.strip(" .:")]
+    clauses = _clauses(text)
     if not clauses:
         return NO_ANSWER
     first = _lead(clauses[0][1])
@@ -118,8 +114,9 @@ def plain(text: str) -> str:
     while before != text:
         before = text
         text = _TEXT_COMMAND.sub(r" \1 ", text)
-    text = re.sub(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])", r" \1/\2", text)
-    return _FRACTION.sub(r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # a mixed number
+    return _FRACTION.sub(r"\1/\2", text)
 
 
 def _value(match: re.Match[str], text: str) -> Fraction | None:
@@ -192,11 +189,26 @@ def _checked(match: re.Match[str], clause: str) -> Reading:
     return NO_ANSWER if value is None else Reading(value)
 
 
+def _clauses(text: str) -> list[tuple[str, str]]:
+    """(joining word, clause) pairs: parts of a list, of each its result, and what stands in parentheses behind it."""
+    pieces = _CLAUSE.split(text)
+    found = []
+    for joint, piece in [("", pieces[0]), *zip((word.lower() for word in pieces[1::2]), pieces[2::2])]:
+        for part in re.split(r"[()]", _result_side(piece)):
+            found.append((joint, part))
+            joint = ""
+    return [(joint, part) for joint, part in found if part.strip(" .:")]
+
+
 def _result_side(clause: str) -> str:
-    """Of a chain of equations, the side that is a plain number: the last one, else the first."""
-    sides = clause.split("=")
-    if len(sides) == 1:
-        return clause
+    """Of a chain of equations outside parentheses, the side that is a plain number: the last one, else the first."""
+    depth, sides = 0, [""]
+    for char in clause:
+        depth += (char == "(") - (char == ")")
+        if char == "=" and depth <= 0:
+            sides.append("")
+        else:
+            sides[-1] += char
     for side in (sides[-1], sides[0]):
         lead = _lead(side)
         if lead is not None and lead.value is not None:

@@ -11,7 +11,7 @@ from dccot_jax.records import normalise_question
 from dccot_jax.tasks.reading import NO_ANSWER, SEVERAL, Reading, is_negated
 
 LETTERS = "ABCDEFGHIJ"
-_POLARITY = re.compile(r"(?<![\w'’-])(yes|no|true|false)(?![\w'’])", re.I)
+_POLARITY = re.compile(r"(?<![\w'’-])(yes|no|true|false)(?!\w|['’]\w)", re.I)
 _NEGATION_BEFORE = re.compile(r"(?:\bnot|n['’]t)(?:\s+(?:a|the|be|necessarily|entirely|always))?\W*$", re.I)
 _MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december")
 _MONTH = "(" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS) + r")\.?"

@@ -78,7 +78,10 @@ class Task:
 
 
 def item_key(text: str) -> str:
-    """What makes a question itself: case, spacing and punctuation do not count, operators and brackets do ("not (a or b)" is not "not a or b")."""
+    """What makes a question itself: case, spacing and punctuation do not count, operators and brackets do.
+
+    So "not (a or b)" is not "not a or b", which `records.normalise_question`, the join key for files, does not tell apart.
+    """
     return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>%()]", unicodedata.normalize("NFKC", text).casefold()))
 
 

@@ -118,7 +118,7 @@ _pool_lock = threading.Lock()
 
 
 def ask(request: dict[str, Any], limit: float) -> tuple[bool | None, float]:
-    """Verdict of a child on {"left", "right", "proportional"}, and the seconds it worked; the verdict is None on timeout (or if the child died).
+    """Verdict of a child on {"left", "right", "proportional"} and the seconds it worked; None on timeout, or if the child died.
 
     Raises:
       WorkerError: no child can be started.

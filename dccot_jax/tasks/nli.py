@@ -16,7 +16,8 @@ def _read(row: Row) -> dict[str, Any] | None:
     if label < 0:
         return None
     rationale = row.get("reason") or row.get("explanation_1")
-    question = f"Premise: {row['premise'].strip()}\nHypothesis: {row['hypothesis'].strip()}\nWhat is the relation of the hypothesis to the premise?"
+    texts = f"Premise: {row['premise'].strip()}\nHypothesis: {row['hypothesis'].strip()}"
+    question = f"{texts}\nWhat is the relation of the hypothesis to the premise?"
     return {"question": question, "choices": OPTIONS, "gold": "ABC"[label], "rationale": (rationale or "").strip() or None}
 
 

@@ -69,7 +69,7 @@ def answer_statement(text: str) -> str | None:
     found = list(_ANSWER_IS.finditer(text))
     if not found:
         return None
-    tail = text[found[-1].end() :].lstrip(" \t\r\n:*_.…")
+    tail = re.sub(r"</?[A-Za-z]+>", " ", text[found[-1].end() :]).lstrip(" \t\r\n:*_.…")
     line = tail.split("\n", 1)[0]
     if line.strip() in ("\\[", "$$", "\\("):
         line = tail.split("\n", 2)[1] if tail.count("\n") else ""

@@ -1,7 +1,7 @@
 """The tasks by name, and what every room asks about them: prompts, targets, rows, split hashes.
 
-All access to task rows goes through `load_items`. A split is part of a task's identity: `split_hash` names it and `check_traces_split` refuses
-traces made on another public split than the one whose test set is used.
+All access to task rows goes through `load_items`. A split is part of a task's identity: `split_hash` names it and
+`check_traces_split` refuses traces made on another public split than the one whose test set is used.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def data_at_hand(task: Task, data_dir: Path | str | None) -> bool:
 def check_traces_split(traces: Iterable[Trace], train: Sequence[Item], test: Sequence[Item], *, max_overlap: float = 0.02) -> None:
     """Refuse traces of a task that were made on another public split than the one `test` belongs to.
 
-    A handful of test questions among the traces is a leak, to be dropped and counted; so is a file over the whole pool (it covers the test set).
-    A larger partial overlap means that somebody else's split was used.
+    A handful of test questions among the traces is a leak, to be dropped and counted; so is a file over the whole pool (it covers
+    the test set). A larger partial overlap means that somebody else's split was used.
 
     Args:
       traces: traces of any tasks; those of other tasks than the test's are not looked at. train, test: both splits of one source.

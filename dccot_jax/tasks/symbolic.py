@@ -12,90 +12,15 @@ from dccot_jax.tasks.base import Item, Task, TaskDataError, make_item
 from dccot_jax.tasks.loading import STRING_SUFFIX, YES_NO_SUFFIX
 
 SIZES = {"train": 2000, "test": 500}
-FIRST = [
-    "Ana",
-    "Ben",
-    "Carla",
-    "David",
-    "Elena",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Jamal",
-    "Kira",
-    "Liam",
-    "Mona",
-    "Nadia",
-    "Oscar",
-    "Petra",
-    "Quinn",
-    "Rosa",
-    "Samir",
-    "Tara",
-    "Umar",
-    "Vera",
-    "Walter",
-    "Xenia",
-    "Yusuf",
-    "Zoe",
-    "Amir",
-    "Beth",
-    "Colin",
-    "Dora",
-    "Emil",
-    "Fay",
-    "Gus",
-    "Hana",
-    "Ivan",
-    "Judy",
-    "Karl",
-    "Lena",
-    "Milo",
-    "Nora",
-]
-LAST = [
-    "Abbott",
-    "Baker",
-    "Castro",
-    "Dunn",
-    "Ellis",
-    "Fuchs",
-    "Gomez",
-    "Hale",
-    "Ito",
-    "Jensen",
-    "Kovacs",
-    "Lopez",
-    "Meyer",
-    "Novak",
-    "Owens",
-    "Park",
-    "Quist",
-    "Rossi",
-    "Singh",
-    "Tran",
-    "Urban",
-    "Vogel",
-    "Weiss",
-    "Xu",
-    "York",
-    "Zhang",
-    "Archer",
-    "Blum",
-    "Cruz",
-    "Diaz",
-    "Ekman",
-    "Frost",
-    "Grant",
-    "Huang",
-    "Irwin",
-    "Jain",
-    "Klein",
-    "Lund",
-    "Moss",
-    "Nagy",
-]
+_FIRST = """
+Ana Ben Carla David Elena Farid Grace Hugo Ines Jamal Kira Liam Mona Nadia Oscar Petra Quinn Rosa Samir Tara
+Umar Vera Walter Xenia Yusuf Zoe Amir Beth Colin Dora Emil Fay Gus Hana Ivan Judy Karl Lena Milo Nora
+"""
+_LAST = """
+Abbott Baker Castro Dunn Ellis Fuchs Gomez Hale Ito Jensen Kovacs Lopez Meyer Novak Owens Park Quist Rossi Singh Tran
+Urban Vogel Weiss Xu York Zhang Archer Blum Cruz Diaz Ekman Frost Grant Huang Irwin Jain Klein Lund Moss Nagy
+"""
+FIRST, LAST = _FIRST.split(), _LAST.split()
 
 
 def coin_flip(rng: random.Random) -> dict[str, Any]:
