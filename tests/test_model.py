@@ -16,18 +16,20 @@ from dccot_jax.model.head import logits, token_stats, weighted_nll
 from dccot_jax.model.linear import contract, linear
 from dccot_jax.model.sharding import batch_spec, make_mesh, param_shardings, param_specs, weight_shapes
 
-TIED = ModelConfig("llama", 96, 32, 48, 2, 6, 2, 8, rope_theta=50000.0, max_positions=512)  # N*H = 48 is not D
+TIED = ModelConfig("llama", 96, 36, 48, 2, 6, 2, 8, rope_theta=50000.0, max_positions=512)  # N*H = 48 is not D
 UNTIED = ModelConfig(
     "qwen2", 90, 24, 40, 2, 4, 2, 6, rope_theta=777.0, rms_eps=1e-6, tie_embeddings=False, qkv_bias=True, max_positions=512
 )
 
 
 def random_params(mc: ModelConfig, seed: int = 0) -> dict:
-    """Initial parameters with every norm and bias made random, so that a forgotten one shows."""
-    params = init_params(mc, seed)
-    leaves, tree = jax.tree.flatten(params)
+    """Parameters with every norm and bias random too, so that a forgotten one shows."""
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + 0.2 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves])
+
+    def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(rng.normal(path[-1].key.endswith("norm"), 0.25, shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, weight_shapes(mc), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def packed_batch(mc: ModelConfig, lengths: list[list[int]], row_tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -93,7 +95,7 @@ def test_gradients_have_parameter_shardings_and_equal_one_device():
 
 
 def test_sizes_that_an_axis_does_not_divide_are_replicated():
-    mc = ModelConfig("llama", 33, 18, 27, 2, 3, 3, 4, tie_embeddings=False)
+    mc = ModelConfig("llama", 33, 18, 27, 1, 3, 3, 4, tie_embeddings=False)
     batch = packed_batch(mc, [[9], [11], [5, 6]], 12)  # 3 rows on 8 devices
     value, grads = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, mc, batch)))(init_params(mc, 0))
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
@@ -114,7 +116,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh_and_arrive_sharded():
     assert params["layers"]["w_up"].sharding.spec == P(None, "fsdp", "tensor")
     assert jax.tree.map(jnp.shape, params) == weight_shapes(TIED)
     jax.tree.map(np.testing.assert_array_equal, params, alone)
-    assert float(jnp.std(alone["layers"]["w_up"])) == pytest.approx(32**-0.5, rel=0.05)
+    assert float(jnp.std(alone["layers"]["w_up"])) == pytest.approx(36**-0.5, rel=0.05)
 
 
 def test_remat_policies_agree_and_bfloat16_is_near():

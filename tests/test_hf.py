@@ -1,0 +1,166 @@
+"""Hugging Face import and export: bit-exact round trips, bytes read, clear errors, and parity with torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import TIED, UNTIED, random_params
+
+from dccot_jax.model.config import ModelConfig, ModelError
+from dccot_jax.model.decoder import forward
+from dccot_jax.model.head import logits, token_stats
+from dccot_jax.model.hf import load_hf, save_hf
+from dccot_jax.model.safetensors_io import TensorReader
+from dccot_jax.model.sharding import make_mesh, param_shardings
+
+SENTENCE = (
+    "The capital of France is Paris. The Eiffel Tower is one of the most visited monuments in the world, and it was completed in 1889."
+)
+
+
+def jax_logits(params: dict, mc: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    run = jax.jit(lambda p, t: logits(p, mc, forward(p, mc, t, jnp.ones_like(t), positions)))
+    return np.asarray(run(params, tokens.astype(np.int32)))
+
+
+@pytest.mark.parametrize("mc", [TIED, UNTIED], ids=["tied", "untied"])
+def test_export_import_is_bit_exact_over_files_and_meshes(mc: ModelConfig, tmp_path: Path):
+    params = random_params(mc)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    save_hf(params, mc, tmp_path / "tok", tmp_path / "one")
+    found, alone = load_hf(tmp_path / "one")
+    assert found == mc and (tmp_path / "one" / "tokenizer.json").exists()
+    jax.tree.map(np.testing.assert_array_equal, alone, params)
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    _, sharded = load_hf(tmp_path / "one", mesh)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, sharded, param_shardings(mc, mesh)))
+    jax.tree.map(np.testing.assert_array_equal, sharded, params)
+    save_hf(sharded, mc, None, tmp_path / "many", max_shard_bytes=9000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "many")[1], params)
+
+
+def test_bfloat16_files_survive_a_float32_round_trip(tmp_path: Path):
+    save_hf(random_params(TIED), TIED, None, tmp_path / "a", dtype="bfloat16")
+    mc, params = load_hf(tmp_path / "a")
+    assert params["embed"].dtype == jnp.float32
+    save_hf(params, mc, None, tmp_path / "b", dtype="bfloat16")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert load_hf(tmp_path / "a", dtype=jnp.bfloat16)[1]["embed"].dtype == jnp.bfloat16
+    with pytest.raises(ModelError, match="int8"):
+        save_hf(params, mc, None, tmp_path / "c", dtype="int8")
+
+
+def test_safetensors_library_reads_what_we_write(tmp_path: Path):
+    from safetensors.numpy import load_file
+
+    params = random_params(UNTIED)
+    save_hf(params, UNTIED, None, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.weight"], np.asarray(params["layers"]["wq"][1]).T)
+    np.testing.assert_array_equal(tensors["lm_head.weight"], np.asarray(params["head"]).T)
+
+
+def test_each_slice_is_read_once_and_never_a_whole_tensor(tmp_path: Path):
+    """Every 2-D weight is split 8 ways: a fetch is an eighth of a tensor, and all fetches together are the file, once."""
+    mc = ModelConfig("llama", 64, 16, 32, 2, 4, 2, 8)
+    save_hf(random_params(mc), mc, None, tmp_path)
+    reader = TensorReader(tmp_path)
+    load_hf(tmp_path, make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), reader=reader)
+    whole = {name: int(np.prod(reader.shape(name))) * 4 for name in reader.names}
+    assert dict(reader.bytes_read) == whole
+    assert reader.largest == max(whole.values()) // 8
+    reader = TensorReader(tmp_path)
+    load_hf(tmp_path, make_mesh({"data": 8, "fsdp": 1, "tensor": 1}), reader=reader)  # replicas share one read
+    assert dict(reader.bytes_read) == whole
+
+
+def test_all_conversion_problems_are_named_together(tmp_path: Path):
+    from safetensors.numpy import load_file, save_file
+
+    save_hf(random_params(TIED), TIED, None, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 3), np.float32)
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # a tied model's copy is not a problem
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as error:
+        load_hf(tmp_path)
+    for text in ("model.norm.weight is missing", "has shape [3, 3], the config says [48, 36]", "q_norm.weight is unexpected"):
+        assert text in str(error.value)
+    assert "lm_head" not in str(error.value)
+
+
+def test_torn_and_absent_files(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_hf(tmp_path)
+    save_hf(random_params(TIED), TIED, None, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="torn"):
+        load_hf(tmp_path)
+    weights.unlink()
+    with pytest.raises(ModelError, match="neither"):
+        load_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    with pytest.raises(ModelError, match="attention_bias"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mc", [TIED, UNTIED], ids=["llama-tied", "qwen2-untied"])
+def test_logits_equal_torch_both_ways(mc: ModelConfig, tmp_path: Path):
+    """A torch model imported here, and our export loaded there; 300 positions."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    save_hf(random_params(mc), mc, None, tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = np.random.default_rng(0).integers(0, mc.vocab_size, (2, 300))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax_logits(random_params(mc), mc, tokens), expected, atol=1e-4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(tmp_path / "theirs")
+    found, params = load_hf(tmp_path / "theirs")
+    assert (found.rope_theta, found.head_dim, found.tie_embeddings) == (mc.rope_theta, mc.head_dim, mc.tie_embeddings)
+    np.testing.assert_allclose(jax_logits(params, found, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.realdata
+def test_smollm2_likelihood_of_a_known_sentence(smollm2_dir: Path):
+    from tokenizers import Tokenizer
+
+    mc, params = load_hf(smollm2_dir)
+    ids = np.array([Tokenizer.from_file(str(smollm2_dir / "tokenizer.json")).encode(SENTENCE).ids], np.int32)
+    assert ids.shape[1] == 33 and mc.num_params() == 134_515_008 and mc.eos_token_ids == (2,)
+    positions = np.arange(33, dtype=np.int32)[None]
+    hidden = forward(params, mc, ids, np.ones_like(ids), positions)
+    stats = token_stats(params, mc, hidden[:, :-1], ids[:, 1:])
+    assert -float(jnp.mean(stats["label_logp"])) == pytest.approx(1.477, abs=2e-3)
+
+
+@pytest.mark.realdata
+@pytest.mark.parity
+def test_smollm2_logits_equal_torch(smollm2_dir: Path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(smollm2_dir)(SENTENCE, return_tensors="np")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    mc, params = load_hf(smollm2_dir)
+    np.testing.assert_allclose(jax_logits(params, mc, ids), expected, atol=1e-3)
