@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from plan_cases import case, config, groups_of
 
-from dccot_jax.data.loader import PlanSource, batches, process_rows
+from dccot_jax.data.loader import PlanSource, batches
 from dccot_jax.mix.plan import make_plan, plan_table
 
 ROWS, TOKENS = 4, 64
@@ -100,26 +100,18 @@ def test_reverse_loss_equals_its_formula():
         assert total / weight == pytest.approx(formula, rel=1e-6)  # weights are stored in float32
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_processes_build_their_rows_of_the_same_batch(microbatches):
+@pytest.mark.parametrize("parts", [([0, 1], [2, 3]), ([0, 2], [1, 3]), ([3], [0, 1, 2])])
+def test_processes_build_their_rows_of_the_same_batch(parts):
     data = case(40)
     whole, *_ = build(data)
-    parts = [process_rows(ROWS, index, 2, microbatches=microbatches) for index in range(2)]
-    assert sorted(parts[0] + parts[1]) == list(range(ROWS))
     sources = [build(data, rows=part)[0] for part in parts]
     for step in range(len(whole)):
         full = whole[step]
         for part, source in zip(parts, sources):
             mine = source[step]
-            assert mine["tokens"].shape == (ROWS // 2, TOKENS)
+            assert mine["tokens"].shape == (len(part), TOKENS)
             for name, value in full.items():
                 np.testing.assert_array_equal(mine[name], value[part])
-
-
-def test_process_rows_are_contiguous_in_every_microbatch():
-    assert process_rows(8, 1, 2, microbatches=2) == [2, 3, 6, 7]
-    with pytest.raises(ValueError, match="not a multiple of 1 microbatches x 3 processes"):
-        process_rows(8, 0, 3)
 
 
 def test_iteration_resumes_at_any_step():

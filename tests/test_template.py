@@ -171,7 +171,7 @@ def test_stop_ids_hold_the_turn_end_first(tok):
 def test_smollm2_template(smollm2_dir):
     tok = tokenizer.load_tokenizer(smollm2_dir)
     row = template.render(tok, "What is 12 + 3?", THINKING)
-    before, after = (tok.decode(list(ids)) for ids in (row.input_ids[: row.prompt_tokens], row.input_ids[row.prompt_tokens :]))
+    before, after = (str(tok.decode(list(ids))) for ids in (row.input_ids[: row.prompt_tokens], row.input_ids[row.prompt_tokens :]))
     assert before.startswith("<|im_start|>system\n") and before.endswith(
         "<|im_start|>user\nWhat is 12 + 3?<|im_end|>\n<|im_start|>assistant\n"
     )

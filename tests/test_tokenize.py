@@ -199,7 +199,7 @@ def test_prompts(tok):
 
 def test_a_template_that_drops_reasoning_refuses_and_a_bad_row_is_counted(tok, embedded):
     own = tokenizer.load_tokenizer(embedded[1].file("tokenizer"))
-    own.chat_template = own.chat_template.replace("message['content']", "message['content'].split('</think>')[-1]")
+    own.chat_template = str(own.chat_template).replace("message['content']", "message['content'].split('</think>')[-1]")
     thinking = traces_of(3, target="<think>\nhm\n</think>\nThe answer is 3.")
     with pytest.raises(template.TemplateError, match=rf"trace {thinking[0].id}: the chat template drops or rewrites"):
         tokenize.tokenize_traces(thinking, own, max_length=200)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dccot_jax.artifact import Artifact, read_table
 from dccot_jax.config import LOSS_MASKS
@@ -61,9 +60,9 @@ class PlanSource:
         # Only token rows that the plan uses, as one flat array of ids and its offsets: 4 bytes a token, shared by threads.
         used, self._local = np.unique(self._token_row, return_inverse=True)
         ids = tokens["input_ids"].take(pa.array(used)).combine_chunks()
-        lengths = np.asarray(pc.list_value_length(ids), np.int64)
+        lengths = np.asarray(ids.value_lengths(), np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self._flat = np.asarray(pc.list_flatten(ids), np.int32)
+        self._flat = np.asarray(ids.flatten(), np.int32)
         self._prompt = tokens["prompt_tokens"].to_numpy()[used]
 
     @classmethod
@@ -94,7 +93,7 @@ class PlanSource:
         used = np.zeros(len(self.rows), np.int64)
         segments = np.zeros(len(self.rows), np.int64)
         for entry in self._entries(index):
-            place = self._place[self._row[entry]]
+            place = int(self._place[self._row[entry]])
             if place >= 0:
                 segments[place] += 1
                 used[place] += self._write(batch, entry, place, int(used[place]), int(segments[place]))
@@ -130,19 +129,6 @@ class PlanSource:
         first = 0 if self._full else max(int(self._prompt[local]) - 1, 0)  # position whose label is the first trained token
         batch["weights"][place, start + first : start + n - 1] = self._weight[entry]
         return n
-
-
-def process_rows(rows_per_step: int, index: int, count: int, *, microbatches: int = 1) -> list[int]:
-    """Packed rows of one process: an equal, contiguous share of every microbatch.
-
-    The global batch [G, T] is read as [microbatches, G / microbatches, T], with the second axis split over processes.
-    Raises ValueError if that does not divide.
-    """
-    if rows_per_step % (microbatches * count):
-        raise ValueError(f"train.rows_per_step = {rows_per_step} is not a multiple of {microbatches} microbatches x {count} processes")
-    size = rows_per_step // microbatches
-    share = size // count
-    return [part * size + index * share + row for part in range(microbatches) for row in range(share)]
 
 
 def batches(source: PlanSource, first_step: int = 0, *, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:

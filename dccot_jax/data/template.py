@@ -24,6 +24,8 @@ class TemplateError(ValueError):
         ``no_end_of_turn``, ``prompt_not_prefix``, ``end_of_turn_in_text``, ``not_representable`` or ``empty_target``.
     """
 
+    is_input_error = True
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason

@@ -47,6 +47,8 @@ _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_to
 class TokenizerError(ValueError):
     """A tokenizer directory that cannot be used; the message names the directory and what is missing."""
 
+    is_input_error = True
+
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int = VOCAB_SIZE) -> str:
     """Train a byte-level BPE and return its ``tokenizer.json`` text; the same corpus gives the same text.

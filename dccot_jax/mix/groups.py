@@ -15,6 +15,8 @@ from dccot_jax.records import Dropped, normalise_question
 class PlanError(ValueError):
     """A plan that cannot be made; the message names the config field or the column at fault."""
 
+    is_input_error = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
