@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from etils import epath
+from reference_decoder import log_softmax, reference_logits
 from rich.console import Console
 
 from dccot_jax import config as config_lib
-from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult
+from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
-from dccot_jax.model import decoder, head
+from dccot_jax.model import decoder
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
 from dccot_jax.select import engine, signals
@@ -28,6 +29,7 @@ from dccot_jax.train.checkpoint import Student
 MC = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 16, rope_theta=500.0, tie_embeddings=False, max_positions=300)
 SIGNALS = ("entropy", "ifd_loss", "ifd_ppl", "nll", "nll_unconditional", "ppl")
 CONTEXT = [5, 6, 7]
+TILE_TOKENS = 192  # 6 short or 2 long rows per tile and device
 
 
 class FakeTokenizer:
@@ -110,6 +112,7 @@ def stage(monkeypatch, tmp_path, host):
             return Student(mc=MC, params=placed, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3,), pad_id=0, source="test")
 
         monkeypatch.setattr(engine, "load_student", load)
+        monkeypatch.setattr(engine, "TILE_TOKENS", {"cpu": TILE_TOKENS})
         settings = {"score.signals": SIGNALS} | {f"score.{key}": value for key, value in changes.items()}
         cfg = config_lib.override(config_lib.default_config(), settings)
         out = ArtifactWriter(tmp_path / name)
@@ -122,14 +125,10 @@ def stage(monkeypatch, tmp_path, host):
 
 
 def reference(params: Any, row: Row) -> dict[str, float]:
-    """All signals in float64 numpy from full float32 logits of the unpadded views."""
+    """All signals in float64 numpy from the full logits of the unpadded views."""
 
     def stats(ids: np.ndarray, completion: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens = jnp.asarray(ids)[None]
-        hidden = decoder.forward(params, MC, tokens, jnp.ones_like(tokens), jnp.arange(len(ids))[None])
-        z = np.asarray(head.logits(params, MC, hidden))[0].astype(np.float64)
-        logp = z - z.max(-1, keepdims=True)
-        logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
+        logp = log_softmax(reference_logits(params, MC, ids))
         first = len(ids) - completion - 1
         label = logp[np.arange(first, len(ids) - 1), ids[first + 1 :]]
         return label, -(np.exp(logp) * logp).sum(-1)[first : len(ids) - 1]
@@ -143,7 +142,7 @@ def reference(params: Any, row: Row) -> dict[str, float]:
         "ppl": np.exp(nll),
         "nll_unconditional": alone,
         "ifd_loss": nll / alone,
-        "ifd_ppl": np.exp(conditional.mean() * -1 + unconditional.mean()),
+        "ifd_ppl": np.exp(-conditional.mean()) / np.exp(-unconditional.mean()),
         "entropy": entropy.mean(),
     }
 
@@ -206,7 +205,7 @@ def test_one_forward_per_view_however_many_signals(monkeypatch, host):
         needed = list(signals.required_stats(chosen))
         calls.clear()
         program = engine.make_program(MC, chosen, "float32")
-        tiles = plan_tiles(rows, len(CONTEXT), shards=1, tile_tokens=2048)
+        tiles = plan_tiles(rows, len(CONTEXT), shards=1, tile_tokens=TILE_TOKENS)
         results = list(engine.score_tiles(program, params, mesh, rows, tiles, needed, CONTEXT, in_flight=2))
         assert len(results) == len(tiles) and results[0][1].shape[1] == len(chosen)
         assert len(calls) == views * len({t.bucket for t in tiles})  # one trace per bucket and view
@@ -294,7 +293,7 @@ def test_bfloat16_is_close_and_norms_stay_float32(host):
     kinds = {name: leaf.dtype for name, leaf in cast["layers"].items()}
     assert kinds["wq"] == jnp.bfloat16 and kinds["attn_norm"] == jnp.float32 and cast["final_norm"].dtype == jnp.float32
     chosen, _ = signals.split_signals(SIGNALS)
-    tiles = plan_tiles(rows, len(CONTEXT), shards=1, tile_tokens=2048)
+    tiles = plan_tiles(rows, len(CONTEXT), shards=1, tile_tokens=TILE_TOKENS)
 
     def scores(params):
         program = engine.make_program(MC, chosen, "bfloat16")

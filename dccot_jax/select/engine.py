@@ -26,7 +26,7 @@ from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.sharding import BATCH, batch_spec, make_mesh
+from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_mesh, reshard
 from dccot_jax.records import content_hash, table_to_traces
 from dccot_jax.select.chunks import committed, drop_other_layouts
 from dccot_jax.select.signals import Signal, required_stats, split_signals
@@ -112,7 +112,9 @@ def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: st
             hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], compute_dtype=compute_dtype, remat="none")
             scored = head.gather_positions(hidden, x["index"])
             stats[view] = head.token_stats(params, mc, scored, x["labels"], want=want)
-        return jax.vmap(score_row)(stats, {view: views[view]["mask"] for view in needs})
+        # vmap wants every operand's rows on the same axes; a reshape may have lost them where a device holds one row.
+        per_row = (stats, {view: views[view]["mask"] for view in needs})
+        return jax.vmap(score_row)(*jax.tree.map(lambda x: reshard(x, activation_spec(len(x), None)), per_row))
 
     return score_tile
 

@@ -3,7 +3,7 @@
 Reads: traces (or augment), the training task, every evaluation set. Writes ``traces.parquet`` with ``verdict`` (the flexible
 reading: right, wrong, or None where the gold answer or the judge failed) and ``verdict_reason``, and ``dropped.parquet``:
 
-  leak:<task>    the normalised question stands in the test split of an evaluation task
+  leak:<task>    the normalised question, or that of a trace it was made from, stands in the test split of an evaluation task
   missing_gold   nothing to judge against
 
 A group is kept or dropped whole. The backward parts of a reverse group carry the verdict of their forward part (their own
@@ -99,15 +99,31 @@ def check_splits(traces: Sequence[Trace], data_dir: Path | None) -> None:
 
 
 def drop_unusable(traces: Sequence[Trace], tests: Mapping[str, str]) -> tuple[list[Trace], list[Dropped]]:
-    """Traces to judge, and those with a leaked question or no gold answer, each with its whole group."""
-    reasons: dict[str, tuple[str, str]] = {}  # group -> (reason, what caused it)
+    """Traces to judge, and those that cannot be used: leaked (or derived from a leaked trace), or without a gold answer.
+
+    Args:
+      traces: all rows, groups whole. tests: normalised question -> evaluation task, see `held_out_questions`.
+    """
+    reasons: dict[str, tuple[str, str]] = {}  # group -> (reason, what caused it); a leak outranks a missing gold answer
+    leaked: dict[str, str] = {}  # trace id -> evaluation task
     for trace in traces:
         task = tests.get(normalise_question(trace.question))
         if task is not None:
-            # A leak outranks a missing gold answer found in another row of the group.
-            if not reasons.get(trace.group_id, ("", ""))[0].startswith("leak"):
-                reasons[trace.group_id] = (f"leak:{task}", trace.question[:120])
-        elif trace.gold_answer is None:
+            reasons[trace.group_id] = (f"leak:{task}", trace.question[:120])
+            leaked[trace.id] = task
+            if trace.method == "reverse":  # its parent asked the same and left the table when the group was made
+                leaked |= dict.fromkeys(trace.parent_ids, task)
+    # Rows made from a leaked one ask the test question in other words. Chains of parents are short; repeat until nothing is added.
+    grown = True
+    while grown:
+        grown = False
+        for trace in traces:
+            source = next((parent for parent in trace.parent_ids if parent in leaked), None)
+            if source is not None and trace.id not in leaked:
+                leaked[trace.id], grown = leaked[source], True
+                reasons.setdefault(trace.group_id, (f"leak:{leaked[source]}", f"derived from {source}"))
+    for trace in traces:
+        if trace.gold_answer is None:
             reasons.setdefault(trace.group_id, ("missing_gold", ""))
     kept = [trace for trace in traces if trace.group_id not in reasons]
     return kept, [Dropped(trace.id, *reasons[trace.group_id]) for trace in traces if trace.group_id in reasons]
