@@ -99,7 +99,7 @@ def test_several_answers_are_never_accepted(a, b, joint):
     if joint in JOINTS[:3]:
         texts.append(f"\\boxed{{{a}}}{joint}\\boxed{{{b}}}")
     for text in texts:
-        if a == b or (joint == " to " and "apples" in text):
+        if a == b:
             continue
         for gold in (a, b):
             result = judge(text, str(gold), "number")

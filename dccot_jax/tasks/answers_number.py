@@ -25,7 +25,7 @@ _NUMBER = re.compile(
     re.I,
 )
 _SCALE = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_RANGE_AFTER = re.compile(r"\s*(?:[-–—±]|\\pm\b|to\b|through\b)\s*[-+]?\s*[0-9(]|\s+[-+]?[0-9]", re.I)
+_RANGE_AFTER = re.compile(r"\s*(?:[-–—±]|\\pm\b|(?:[A-Za-z]+\s+)?(?:to|through)\b)\s*[-+]?\s*[0-9(]|\s+[-+]?[0-9]", re.I)
 _EXPRESSION_AFTER = re.compile(
     r"\s*(?:[+*/×·÷^_:]|\\[A-Za-z]+|[xX](?=\s*[0-9(]))\s*[-+({]*\s*[0-9({\\]|\s*[π√∞!^]|\s*\\[A-Za-z]|[xyzn]\b|\.[0-9]|,[0-9]"
 )
