@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 from ml_collections import ConfigDict
 
+from dccot_jax.artifact import Artifact, ArtifactWriter, open_artifact, table_hash
 from dccot_jax.config import default_config
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import BATCH, make_mesh, param_shardings, weight_shapes
+from dccot_jax.records import content_hash
 
 # H differs from D / N, K from N, the rotary base from its default, and the sizes divide a (2, 2, 2) mesh.
 TINY = ModelConfig(
@@ -32,7 +38,7 @@ class Sequence_:
     weight: float
 
 
-def sequences(rng: np.random.Generator, count: int, *, longest: int = 16, vocab: int = TINY.vocab_size, weight: float = 1.0) -> list[Sequence_]:
+def sequences(rng: np.random.Generator, count: int, *, longest: int = 16, vocab: int = 48, weight: float = 1.0) -> list[Sequence_]:
     found = []
     for _ in range(count):
         length = int(rng.integers(4, longest + 1))
@@ -101,8 +107,64 @@ def sequence_nll(params, mc: ModelConfig, seq: Sequence_, on: jax.sharding.Mesh)
     return -logp[0, seq.prompt - 1 : len(seq.ids) - 1]
 
 
-def train_config(**changes) -> ConfigDict:
-    """The config's ``train`` group with small sizes."""
-    group = default_config().train.copy_and_resolve_references().unlock()
-    group.update({"rows_per_step": 8, "row_tokens": 32, "warmup_steps": 2, "learning_rate": 1e-2, **changes})
-    return group
+# --- a whole training -------------------------------------------------------------------------------------------------
+
+
+def finished(path: Path, kind: str, logical_hash: str, facts: dict[str, Any] | None = None) -> Artifact:
+    """Give a directory a manifest, as the pipeline does."""
+    manifest = {"kind": kind, "identity": kind, "logical_hash": logical_hash, "facts": facts or {}, "files": {}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return open_artifact(path)
+
+
+def write_student(path: Path, mc: ModelConfig, seed: int = 3) -> Artifact:
+    writer = ArtifactWriter(path)
+    about = {"hash": "t" * 64, "tokens": mc.vocab_size, "eos_id": 1, "stop_ids": [1], "pad_id": 0}
+    record = {"model": mc.to_dict(), "weights": {"kind": "random", "seed": seed}, "tokenizer": about}
+    writer.write_json("student", record)
+    writer.write_text("tokenizer/tokenizer.json", "{}\n")
+    return finished(path, "student", content_hash(record, digits=64), {"tokenizer_hash": about["hash"]})
+
+
+def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 0) -> dict[str, Artifact]:
+    """Inputs of the train stage: student, tokens, and a plan with one to three sequences in every packed row."""
+    rng = np.random.default_rng(seed)
+    rows, row_tokens, steps = cfg.train.rows_per_step, cfg.train.row_tokens, cfg.train.steps
+    pool = sequences(rng, 40, longest=row_tokens // 3, vocab=mc.vocab_size)
+    tokens = ArtifactWriter(path / "tokenize")
+    tokens.write_table(
+        "tokens",
+        pa.table(
+            {
+                "id": [f"{i:04d}" for i in range(len(pool))],
+                "input_ids": pa.array([s.ids.tolist() for s in pool], pa.list_(pa.int32())),
+                "prompt_tokens": pa.array([s.prompt for s in pool], pa.int32()),
+            }
+        ),
+    )
+    places = [(step, row, slot, int(rng.integers(len(pool)))) for step in range(steps) for row in range(rows) for slot in range(int(rng.integers(1, 4)))]
+    columns = {name: pa.array([place[i] for place in places], pa.int32()) for i, name in enumerate(("step", "row", "slot", "token_row"))}
+    table = pa.table({**columns, "weight": pa.array(rng.uniform(0.5, 2.0, len(places)).astype(np.float32))})
+    plan = ArtifactWriter(path / "plan")
+    plan.write_table("plan", table)
+    plan_hash = table_hash(table, by=("step", "row", "slot"))
+    plan.write_json(
+        "plan",
+        {
+            "hash": plan_hash, "steps": steps, "rows_per_step": rows, "row_tokens": row_tokens, "loss_mask": "response",
+            "tokenizer_hash": "t" * 64, "tokens_hash": "tokens", "sequences": {"unique": len(pool), "seen": len(places)},
+        },
+    )  # fmt: skip
+    return {
+        "student": write_student(path / "student", mc),
+        "tokenize": finished(tokens.path, "tokenize", "tokens"),
+        "plan": finished(plan.path, "plan", plan_hash),
+    }
+
+
+def run_config(**train) -> ConfigDict:
+    cfg = default_config().copy_and_resolve_references().unlock()
+    cfg.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    changes = {"steps": 12, "rows_per_step": 8, "row_tokens": 32, "warmup_steps": 2, "learning_rate": 1e-2, "checkpoint_every": 4, "log_every": 3}
+    cfg.train.update({**changes, **train})
+    return cfg

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -69,20 +69,19 @@ def load_student(source: Artifact | epath.PathLike, mesh: jax.sharding.Mesh, *, 
     """
     found = source if isinstance(source, Artifact) else resolve_checkpoint(source)
     if not isinstance(found, Artifact):
-        mc, params = hf.load_hf(found, mesh)
+        mc, params = hf.load_hf(found, mesh, dtype=param_dtype)
         tokenizer = load_tokenizer(found)
         stops = stop_ids(tokenizer)
         pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return Student(mc, _cast(params, mesh, param_dtype), found, stops[0], tuple(stops), int(pad), str(found))
+        return Student(mc, params, found, stops[0], tuple(stops), int(pad), str(found))
     record = found.json("student")
     mc, weights, about = ModelConfig.from_dict(record["model"]), record["weights"], record["tokenizer"]
     if found.kind.split(":")[0] == "train":
         params = restore_params(found.file(FINAL), mc, mesh, param_dtype)
     elif weights["kind"] == "random":
-        params = random_params(mc, mesh, int(weights["seed"]))
+        params = _cast(random_params(mc, mesh, int(weights["seed"])), mesh, param_dtype)
     else:
-        _, params = hf.load_hf(weights["path"], mesh)
-    params = _cast(params, mesh, param_dtype)
+        _, params = hf.load_hf(weights["path"], mesh, dtype=param_dtype)
     return Student(mc, params, found.file("tokenizer"), about["eos_id"], tuple(about["stop_ids"]), about["pad_id"], str(found.path))
 
 
@@ -102,11 +101,11 @@ def resolve_checkpoint(path: epath.PathLike) -> Artifact | epath.Path:
     raise CheckpointError(f"{folder}: neither an artifact ({MANIFEST}) nor a Hugging Face directory (config.json)")
 
 
-def export_hf(source: Artifact | epath.PathLike, out_dir: epath.PathLike) -> None:
+def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]) -> None:
     """Write a student in the Hugging Face layout (config, safetensors, tokenizer); loads in ``transformers``."""
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     student = load_student(source, mesh)
-    hf.save_hf(student.params, student.mc, student.tokenizer_dir, Path(out_dir))
+    hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir)
 
 
 def random_params(mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
@@ -193,7 +192,7 @@ class TrainCheckpoints:
         self._manager.wait_until_finished()
         if self._unsized is not None and jax.process_index() == 0:
             folder = self._path / str(self._unsized)
-            sizes = {str(file.relative_to(folder)): file.stat().length for file in sorted(folder.rglob("*")) if file.is_file()}
+            sizes = {str(file.relative_to(folder)): file.stat().length for file in sorted(_files(folder))}
             write_atomic(folder / _SIZES, json.dumps(sizes).encode())
         self._unsized = None
 
@@ -224,9 +223,15 @@ class TrainCheckpoints:
         return None
 
     def close(self) -> None:
-        """Finish every write in flight."""
+        """Finish every write in flight. May be called again."""
         self.settle()
         self._manager.close()
+
+    def __enter__(self) -> TrainCheckpoints:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     def _check_owner(self, step: int, owner: Mapping[str, str]) -> None:
         for name, mine in self._owner.items():
@@ -253,6 +258,14 @@ def remove_checkpoints(path: epath.PathLike) -> None:
     folder = epath.Path(path)
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for child in folder.iterdir():
+        if child.is_dir():
+            yield from _files(child)
+        else:
+            yield child
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,8 +15,8 @@ so packing, accumulation and sharding cannot change the value. The objectives di
       L = 1/(3n) Σ_i [ CE(R_f | Q) + CE(Q_b | Q) + CE(R_b | Q_b) ],   CE = token mean over its own sequence.
   That is w = (1/3) / n_part on the tokens of each part: a whole group weighs 1, and L is the formula above.
 
-`mix/pack.py` computes the weights when the plan is made. They are zero on prompts, on padding and across the border of two packed sequences, where a position would have to predict
-the first token of another sequence.
+`mix/pack.py` computes the weights when the plan is made. They are zero on prompts, on padding and across the border of two
+packed sequences, where a position would have to predict the first token of another sequence.
 """
 
 from __future__ import annotations

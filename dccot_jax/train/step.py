@@ -24,9 +24,32 @@ State = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """State before step 0. The moments take over the shardings of `params`; call under the mesh of `params`."""
-    return {"params": params, "opt": jax.jit(optimizer.init)(params), "step": jnp.zeros((), jnp.int32)}
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+    """Shapes and shardings of a state, without memory: moments are laid out as their parameters, scalars are replicated.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs with shardings on `mesh`.
+    """
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda p: {"params": p, "opt": optimizer.init(p), "step": jnp.zeros((), jnp.int32)}, params)
+
+    def bind(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(bind, shapes)
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+    """State before step 0, each array made in its sharding."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, optimizer, mesh))
+
+    def rest(p: Any) -> State:
+        return {"opt": optimizer.init(p), "step": jnp.zeros((), jnp.int32)}
+
+    with jax.set_mesh(mesh):
+        made = jax.jit(rest, out_shardings={"opt": shardings["opt"], "step": shardings["step"]})(params)
+    return {"params": params, **made}
 
 
 def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:

@@ -1,0 +1,124 @@
+"""The training log: one JSON line per window of steps, TensorBoard scalars made from the same lines.
+
+A resumed run continues the log as if it had never stopped: lines after the resumed step are cut off, and the open window is
+carried in the checkpoint. So the two logs are equal except for times.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dccot_jax.artifact import write_atomic
+
+LOG_FILE = "train_log.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+_TOTALS = ("tokens", "trained_tokens", "skipped")  # reported as totals; the others as means
+_ORDER = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped")
+_TIMES = ("seconds", "tokens_per_second", "time")  # the only fields in which a resumed run's log differs
+
+
+class Window:
+    """(sum, weight) of every metric over the steps since the last log line."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        state = state or {}
+        self.steps = int(state.get("steps", 0))
+        self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in state.get("sums", {}).items()}
+        self.last: dict[str, float] = dict(state.get("last", {}))
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        self.steps += 1
+        for name, (total, weight) in metrics.items():
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(total)
+            pair[1] += float(weight)
+            self.last[name] = float(total)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able, exact; the constructor takes it back."""
+        return {"steps": self.steps, "sums": self.sums, "last": self.last}
+
+    def values(self) -> dict[str, Any]:
+        """Means Σ sum / Σ weight (None where nothing was counted), totals for counts, the newest learning rate."""
+        found: dict[str, Any] = {}
+        for name in sorted(self.sums, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
+            total, weight = self.sums[name]
+            if name in _TOTALS:
+                found[name] = int(total)
+            elif name == "learning_rate":
+                found[name] = self.last[name]
+            else:
+                found[name] = total / weight if weight > 0 else None
+        return found
+
+
+class TrainLog:
+    """Writes `train_log.jsonl` and TensorBoard events (process 0).
+
+    Args:
+      folder: the artifact's directory. first_step: finished steps of the run that is resumed; later lines are cut off.
+    """
+
+    def __init__(self, folder: epath.PathLike, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._path = epath.Path(folder) / LOG_FILE
+        events = epath.Path(folder) / TENSORBOARD_DIR
+        if events.exists():
+            events.rmtree()
+        lines = [line for line in read_log(folder) if line["step"] <= first_step]
+        write_atomic(self._path, "".join(_text(line) for line in lines).encode())
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(events))
+        for line in lines:
+            self._scalars(line)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line; fields whose value is None stay in the file and out of TensorBoard."""
+        line = {**line, "time": round(time.time(), 3)}
+        self._file.write(_text(line))
+        self._file.flush()
+        self._scalars(line)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _scalars(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name not in ("step", "time") and isinstance(value, (int, float)):
+                self._board.add_scalar(f"train/{name}", value, global_step=line["step"], walltime=line["time"])
+
+
+def read_log(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """Lines of a training log; a last line that a kill tore is left out."""
+    path = epath.Path(folder) / LOG_FILE
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line without the fields that differ between two runs of the same training."""
+    return {name: value for name, value in line.items() if name not in _TIMES}
+
+
+def to_host(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
+    """Fetch a step's metrics; waits for the step."""
+    import jax
+
+    return {name: (float(np.asarray(a)), float(np.asarray(b))) for name, (a, b) in jax.device_get(dict(metrics)).items()}
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, sort_keys=False, allow_nan=False) + "\n"

@@ -1,0 +1,245 @@
+"""Stage `train`: the student learns the plan. Read from top to bottom.
+
+Where the state comes from, first match wins:
+  1. ``final.json`` of this very training: it is finished, nothing is done;
+  2. the newest whole checkpoint of the same plan, student and config;
+  3. the student's own weights (pretrained, or random by its seed).
+
+Files: ``final/`` (parameters), ``final.json``, ``student.json`` and ``tokenizer/`` (copied, so that the artifact stands alone),
+``train_log.jsonl``, ``tensorboard/``; ``checkpoints/`` while it runs.
+
+At most two steps are in flight: the metrics of step n-1 are read after step n was dispatched. That hides the host's work,
+bounds the memory of queued batches, and is what keeps many fake CPU devices from dead-locking. In float32 on one mesh the
+result is bitwise the same however often the training was killed and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, copy_tree, json_hash
+from dccot_jax.config import ConfigError, config_slice, to_plain
+from dccot_jax.context import Context
+from dccot_jax.data.loader import PlanSource, batches
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import make_mesh
+from dccot_jax.records import content_hash
+from dccot_jax.train.checkpoint import (
+    FINAL,
+    CheckpointError,
+    TrainCheckpoints,
+    abstract_params,
+    load_student,
+    remove_checkpoints,
+    save_params,
+)
+from dccot_jax.train.digest import params_hash
+from dccot_jax.train.feed import batch_sharding, local_rows, to_global
+from dccot_jax.train.logs import TrainLog, Window, to_host
+from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.step import abstract_state, init_state, make_train_step
+
+CHECKPOINTS = "checkpoints"
+
+
+def run(
+    cfg: ConfigDict,
+    inputs: Mapping[str, Artifact],
+    out: ArtifactWriter,
+    ctx: Context,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> StageResult:
+    """Train the student of ``inputs["student"]`` on ``inputs["plan"]`` over the token rows of ``inputs["tokenize"]``.
+
+    Args:
+      devices: those to train on; None: all. on_step: called with the number of dispatched steps after each (tests interrupt a training there).
+
+    Raises:
+      ConfigError: rows longer than the model's positions, or rows of a step that do not split over the devices.
+      CheckpointError: the directory holds a training of another plan, student or config.
+    """
+    # --- what is trained -----------------------------------------------------------------------------------------------
+    plan, student = inputs["plan"], inputs["student"]
+    about = plan.json("plan")
+    steps, rows_per_step, row_tokens = about["steps"], about["rows_per_step"], about["row_tokens"]
+    mc = ModelConfig.from_dict(student.json("student")["model"])
+    owner = {
+        "plan": about["hash"],
+        "student": student.logical_hash,
+        "config": json_hash(config_slice(cfg, ("train", "compute_dtype"))),
+    }
+    _check(about, student, mc)
+    finished = _finished(out, owner)
+    if finished is not None:
+        ctx.log("  train: already finished")
+        return _result(finished)
+
+    # --- mesh, optimizer, state ----------------------------------------------------------------------------------------
+    mesh = make_mesh(to_plain(cfg.mesh), devices)
+    optimizer = make_optimizer(cfg.train)
+    checkpoints = TrainCheckpoints(out.file(CHECKPOINTS), owner, keep=cfg.train.keep_checkpoints, log=ctx.log)
+    with jax.set_mesh(mesh), checkpoints as saver:
+        found = saver.restore(abstract_state(abstract_params(mc, mesh), optimizer, mesh))
+        if found is None:
+            first, record = 0, {}
+            state = init_state(load_student(student, mesh).params, optimizer, mesh)
+        else:
+            first, state, record = found
+            ctx.log(f"  resuming after step {first} of {steps}")
+
+        # --- data: every process builds its own rows -------------------------------------------------------------------
+        rows = local_rows(mesh, rows_per_step)
+        source = PlanSource.from_artifacts(plan, inputs["tokenize"], rows=rows)
+        epochs = _epochs(plan, about)
+
+        # --- compile ---------------------------------------------------------------------------------------------------
+        started = time.monotonic()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        step_fn = make_train_step(mc, mesh, cfg.train, jnp.dtype(cfg.compute_dtype), steps=steps)
+        train_step = step_fn.lower(shapes, _batch_shapes(mesh, rows_per_step, row_tokens)).compile()
+        ctx.log(
+            f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
+            f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
+        )
+
+        # --- loop ------------------------------------------------------------------------------------------------------
+        log = TrainLog(out.path, first) if ctx.is_main else None
+        window = Window(record.get("window"))
+        totals: dict[str, float] = dict(record.get("totals", {"tokens": 0, "trained_tokens": 0, "skipped": 0, "seconds": 0.0}))
+        last_loss: float | None = record.get("last_loss")
+        pending: Any = None
+        clock = time.monotonic()
+
+        with ctx.progress("train", steps, unit="steps") as meter:
+            meter.skip(first)
+
+            def finish_step(step: int, metrics: Any) -> None:
+                """Wait for a step, count it, and write a log line at the end of a window."""
+                nonlocal window, last_loss, clock
+                window.add(to_host(metrics))
+                if step % cfg.train.log_every == 0 or step == steps:
+                    now = time.monotonic()
+                    seconds, clock = now - clock, now
+                    line = {"step": step, "epoch": round(float(epochs[step - 1]), 6), **window.values()}
+                    line |= {"seconds": round(seconds, 4), "tokens_per_second": round(line["tokens"] / max(seconds, 1e-9), 1)}
+                    for name in ("tokens", "trained_tokens", "skipped", "seconds"):
+                        totals[name] += line[name]
+                    last_loss = line["loss"]
+                    if log is not None:
+                        log.write(line)
+                    window = Window()
+                meter.advance(1, note="" if last_loss is None else f"loss {last_loss:.4f}")
+
+            for step, local in enumerate(batches(source, first), first + 1):
+                batch = to_global(local, mesh, rows, rows_per_step)
+                state, metrics = train_step(state, batch)
+                if pending is not None:
+                    finish_step(*pending)  # waits for the step before this one only
+                pending = (step, metrics)
+                if on_step is not None:
+                    on_step(step)
+                due = cfg.train.checkpoint_every > 0 and step % cfg.train.checkpoint_every == 0
+                if step == steps or due:
+                    finish_step(*pending)
+                    pending = None
+                if due and step < steps:
+                    saver.save(step, state, {"window": window.state(), "totals": totals, "last_loss": last_loss})
+
+        # --- finish: parameters, then final.json, then the checkpoints go ----------------------------------------------
+        saver.close()
+        if log is not None:
+            log.close()
+        save_params(out.file(FINAL), state["params"])
+        final = {
+            "owner": owner,
+            "logical_hash": _logical_hash(params_hash(state["params"], mesh), student, about),
+            "steps": steps,
+            "parameters": mc.num_params(),
+            "loss": last_loss,
+            "tokens": int(totals["tokens"]),
+            "trained_tokens": int(totals["trained_tokens"]),
+            "skipped_steps": int(totals["skipped"]),
+            "epochs": round(float(epochs[-1]), 6),
+            "seconds": round(totals["seconds"], 3),
+            "sequences": about["sequences"]["seen"],
+        }
+    if ctx.is_main:
+        copy_tree(student.file("tokenizer"), out.file("tokenizer"))
+        out.write_bytes("student.json", student.file("student.json").read_bytes())
+        out.write_json("final", final)
+    ctx.barrier("train final")
+    if cfg.train.keep_checkpoints >= 0:
+        remove_checkpoints(out.file(CHECKPOINTS))
+    if final["skipped_steps"]:
+        ctx.log(f"  {final['skipped_steps']} of {steps} steps were skipped: their gradient was not finite")
+    return _result(final)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _check(about: Mapping[str, Any], student: Artifact, mc: ModelConfig) -> None:
+    if about["row_tokens"] > mc.max_positions:
+        raise ConfigError(f"config.train.row_tokens: {about['row_tokens']} exceeds the student's {mc.max_positions} positions")
+    mine = student.facts["tokenizer_hash"]
+    if about["tokenizer_hash"] != mine:
+        raise CheckpointError(f"the plan was made with tokenizer {about['tokenizer_hash'][:16]}, the student has {mine[:16]}")
+
+
+def _finished(out: ArtifactWriter, owner: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record of a training that ended and was killed before its manifest was written."""
+    path = out.file("final.json")
+    if not path.exists():
+        return None
+    final = json.loads(path.read_text())
+    for name, mine in owner.items():
+        if final["owner"].get(name) != mine:
+            raise CheckpointError(
+                f"{path}: result of another {name} ({str(final['owner'].get(name))[:16]}); this training's {name} is {mine[:16]}. "
+                "Remove the directory or train in another workdir"
+            )
+    return final
+
+
+def _result(final: Mapping[str, Any]) -> StageResult:
+    facts = {name: value for name, value in final.items() if name not in ("owner", "logical_hash", "seconds")}
+    return StageResult(
+        final["logical_hash"], rows_in=final["sequences"], rows_out=final["sequences"], facts=facts, device_seconds=final["seconds"]
+    )
+
+
+def _logical_hash(params_sha: str, student: Artifact, about: Mapping[str, Any]) -> str:
+    """What a trained student means: its weights, the model they belong to, its tokenizer, and the plan it learned."""
+    return content_hash("train/1", params_sha, student.json("student")["model"], about["tokenizer_hash"], about["hash"], digits=64)
+
+
+def _epochs(plan: Artifact, about: Mapping[str, Any]) -> np.ndarray:
+    """Passes over the plan's sequences after each step: sequences used so far / different sequences, float64 [steps]."""
+    per_step = np.bincount(plan.table("plan")["step"].to_numpy(), minlength=about["steps"])
+    return np.cumsum(per_step) / max(about["sequences"]["unique"], 1)
+
+
+def _batch_shapes(mesh: jax.sharding.Mesh, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(mesh)
+    dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
+    return {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def _memory(compiled: Any) -> str:
+    """Bytes per device that the compiled step needs, where the backend says so."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return ""
+    state, temporary = stats.argument_size_in_bytes / 2**20, stats.temp_size_in_bytes / 2**20
+    return f"; per device {state:,.0f} MiB state and batch, {temporary:,.0f} MiB temporary"
