@@ -87,7 +87,7 @@ def replay(
     join = _Join(items)
     result = Replayed([], [], 0)
     seen: set[str] = set()
-    repeats: dict[tuple[str, ...], int] = {}
+    samples: dict[tuple[str, ...], dict[str, int]] = {}
     for name in spec.files:
         path = Path(name).expanduser()
         imported = import_records(
@@ -104,7 +104,7 @@ def replay(
                 continue
             item = join.find(record)
             assert item is not None  # _refused has seen to it
-            trace = _trace(spec, task, item, record, split, repeats)
+            trace = _trace(spec, task, item, record, split, samples)
             if trace.id in seen:
                 result.dropped.append(Dropped(_place(record), "duplicate", trace.id))
                 continue
@@ -187,7 +187,7 @@ def _place(record: Fields) -> str:
     return f"{record['source']}/{record['part']}" if record.get("part", "forward") != "forward" else record["source"]
 
 
-def _trace(spec: ReplaySpec, task: Task, item: Item, record: Fields, split: str, repeats: dict[tuple[str, ...], int]) -> Trace:
+def _trace(spec: ReplaySpec, task: Task, item: Item, record: Fields, split: str, samples: dict[tuple[str, ...], dict[str, int]]) -> Trace:
     part, method = record.get("part", "forward"), record.get("method", "vanilla")
     fields = item_fields(item, task, split) | {
         "teacher": spec.name,
@@ -215,10 +215,9 @@ def _trace(spec: ReplaySpec, task: Task, item: Item, record: Fields, split: str,
     elif method == "question":
         fields |= {"question": record["question"], "gold_answer": record.get("gold_answer"), "gold_source": "pseudo", "n_steps": None}
     target = _stated(target, record.get("answer"), task, item)
-    # Several different rows for one question are samples 0, 1, 2, ... in file order.
-    repeat = (item.id, method, part, fields["question"])
-    fields["sample_index"] = record.get("sample_index", repeats.get(repeat, 0))
-    repeats[repeat] = repeats.get(repeat, 0) + 1
+    # Different texts for one question are samples 0, 1, 2, ... in file order; the same text again is the same sample.
+    texts = samples.setdefault((item.id, method, part, fields["question"]), {})
+    fields["sample_index"] = record.get("sample_index", texts.setdefault(target, len(texts)))
     return answered_trace(target, **fields)
 
 
