@@ -89,11 +89,10 @@ def weighted_nll(
 
 def gather_positions(hidden: jax.Array, index: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] at positions index [B, M] -> [B, M, D]; indices past the end read the last position."""
-    spec = activation_spec(hidden.shape[0], None, None)
-    index = reshard(jnp.minimum(index, hidden.shape[1] - 1), activation_spec(hidden.shape[0], None))
-    rows = reshard(jnp.broadcast_to(jnp.arange(hidden.shape[0])[:, None], index.shape), activation_spec(hidden.shape[0], None))
-    picked = hidden.at[rows, index]
-    return picked.get() if spec is None else picked.get(out_sharding=spec)
+    rows = hidden.shape[0]
+    hidden = reshard(hidden, activation_spec(rows, None, None))
+    index = reshard(jnp.minimum(index, hidden.shape[1] - 1), activation_spec(rows, None))
+    return jax.vmap(lambda h, i: h[i])(hidden, index)  # row by row: no device gathers another one's rows
 
 
 def _stats(z: jax.Array, labels: jax.Array, want: Sequence[str]) -> dict[str, jax.Array]:
