@@ -13,6 +13,7 @@ from dccot_jax.augment.question import majority
 from dccot_jax.augment.reverse import backward_prompt, backward_type
 from dccot_jax.context import Context
 from dccot_jax.records import Response, make_trace, table_to_traces
+from dccot_jax.select import verify
 from dccot_jax.tasks.base import Task
 from dccot_jax.teachers import stage as traces_stage
 from dccot_jax.teachers.cache import RequestCache
@@ -275,3 +276,21 @@ def test_every_trace_leads_back_to_its_request(tmp_path, monkeypatch):
         for row in new:
             request = cache.request(teacher, json.loads(row.meta)["request"])
             assert request is not None and request.messages[0].content == row.question + TOY.prompt_suffix
+
+
+@pytest.mark.parametrize("task", ["synth_objects", "synth_calendar"])
+def test_scripted_teachers_pass_every_filter(tmp_path, task):
+    """Choice and date answers go through all four methods; nothing made is wrong or a test question."""
+    methods = ("rephrase", "question", "answer", "reverse")
+    teacher = {"kind": "scripted", "style": "verbose"}
+    cfg = config(
+        traces__task=task, traces__questions=15, traces__teachers=(teacher,), augment__teacher=teacher, augment__methods=methods,
+        evaluate__iid=(task,),
+    )  # fmt: skip
+    base, _ = run_stage(traces_stage, cfg, tmp_path, "traces")
+    made, result = run_stage(stage, cfg, tmp_path, "augment", traces=base)
+    verified, outcome = run_stage(verify, cfg, tmp_path, "verify", traces=made)
+    counts = collections.Counter(row.method for row in table_to_traces(verified.table("traces")))
+    assert counts["reverse"] == 45 and counts["rephrase"] == 15 and counts["question"] >= 14 and counts["answer"] >= 15
+    assert set(result.dropped) <= {"answer:repeated", "in_group:reverse", "question:repeated"}
+    assert outcome.facts["wrong"] == outcome.facts["no_verdict"] == 0 and not outcome.dropped

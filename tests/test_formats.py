@@ -310,3 +310,17 @@ def test_llamafactory_stanza_names_columns_that_are_written(tmp_path):
         assert set(stanza["columns"].values()) <= set(row)
     with pytest.raises(FormatError, match="does not read"):
         dataset_info("mine", "t.jsonl", "dccot")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("kind", "conversational"), [("messages", True), ("prompt_completion", False)])
+def test_trl_reads_what_we_write(tmp_path, kind, conversational):
+    """`datasets` reads an exported file and TRL takes its rows for the type they are."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    datasets = pytest.importorskip("datasets")
+    export_traces(TRACES, tmp_path / "t.jsonl", kind)
+    rows = datasets.Dataset.from_json(str(tmp_path / "t.jsonl"), cache_dir=str(tmp_path / "cache"))
+    assert rows.num_rows == len(TRACES)
+    assert data_utils.is_conversational(rows[0]) is conversational
+    text = rows[1]["messages"][-1]["content"] if conversational else rows[1]["completion"]
+    assert text == TRACES[1].target
