@@ -142,7 +142,8 @@ def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 
             }
         ),
     )
-    places = [(step, row, slot, int(rng.integers(len(pool)))) for step in range(steps) for row in range(rows) for slot in range(int(rng.integers(1, 4)))]
+    slots = [(step, row, slot) for step in range(steps) for row in range(rows) for slot in range(int(rng.integers(1, 4)))]
+    places = [(*slot, int(rng.integers(len(pool)))) for slot in slots]
     columns = {name: pa.array([place[i] for place in places], pa.int32()) for i, name in enumerate(("step", "row", "slot", "token_row"))}
     table = pa.table({**columns, "weight": pa.array(rng.uniform(0.5, 2.0, len(places)).astype(np.float32))})
     plan = ArtifactWriter(path / "plan")
@@ -165,6 +166,6 @@ def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 
 def run_config(**train) -> ConfigDict:
     cfg = default_config().copy_and_resolve_references().unlock()
     cfg.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
-    changes = {"steps": 12, "rows_per_step": 8, "row_tokens": 32, "warmup_steps": 2, "learning_rate": 1e-2, "checkpoint_every": 4, "log_every": 3}
-    cfg.train.update({**changes, **train})
+    sizes = {"steps": 12, "rows_per_step": 8, "row_tokens": 32, "checkpoint_every": 4, "log_every": 3}
+    cfg.train.update({**sizes, "warmup_steps": 2, "learning_rate": 1e-2, **train})
     return cfg

@@ -63,7 +63,8 @@ def run(
     """Train the student of ``inputs["student"]`` on ``inputs["plan"]`` over the token rows of ``inputs["tokenize"]``.
 
     Args:
-      devices: those to train on; None: all. on_step: called with the number of dispatched steps after each (tests interrupt a training there).
+      devices: those to train on; None: all.
+      on_step: called with the number of dispatched steps after each (tests interrupt a training there).
 
     Raises:
       ConfigError: rows longer than the model's positions, or rows of a step that do not split over the devices.
