@@ -174,7 +174,14 @@ def _evaluation(store: Store, arm: str, seed: int, items: int) -> Artifact:
     metrics = {
         "tasks": tasks,
         "groups": {group: [task for task, owner in TASKS.items() if owner == group] for group in ("iid", "ood", "cross")},
-        "protocol": {"name": "sound", "max_new_tokens": 160, "decoding": "greedy", "prompts": {}, "chat_template_sha256": "ab" * 32},
+        "protocol": {
+            "name": "sound",
+            "max_new_tokens": 160,
+            "decoding": "greedy",
+            "prompt_suffixes": {"synth_objects": "\nAnswer with a letter."},
+            "items": {"synth_objects": "240 of 240"},
+            "chat_template_sha256": "ab" * 32,
+        },
         "student": {"parameters": 812_000},
     }
     text = "".join(json.dumps(row) + "\n" for row in samples)

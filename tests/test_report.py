@@ -238,5 +238,5 @@ def test_metrics_of_nothing_and_of_one_are_undefined_not_zero():
 def test_small_n_says_why():
     assert small_n_note(200, 200, 0) is None
     assert small_n_note(120, 120, 0) == "n = 120: the test split holds 120 items"
-    assert small_n_note(50, 1000, 50) == "n = 50: limited by evaluate.items = 50"
+    assert small_n_note(50, 1000, 50) == "n = 50: limited by evaluate.limit = 50"
     assert small_n_note(190, 230, 0) == "n = 190 of 230 items"

@@ -27,7 +27,7 @@ from dccot_jax.records import Dropped
 from dccot_jax.tasks.registry import build_target
 
 _TILE_TOKENS = 4096  # tokens of one dispatch, before rounding rows up to the mesh
-_BUCKET = 64  # lengths are rounded up to a multiple of this
+_BUCKET = 128  # lengths are rounded up to a multiple of this: few programs to compile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ def task_metrics(samples: Sequence[Sample], *, group: str, available: int, limit
 
     Args:
       samples: judged rows of the task. group: ``iid``, ``ood`` or ``cross``.
-      available: items in the task's test split. limit: `evaluate.items` (0: all), for the note on small n.
+      available: items in the task's test split. limit: items asked for (0: all), for the note on small n.
     Returns JSON-able values; what cannot be told is None. `accuracy_*_interval` is Wilson's 95 % interval,
     `accuracy_*_stderr` the sample standard error (None for n < 2), `gold_nll` in nats per token.
     """
@@ -74,7 +74,7 @@ def small_n_note(n: int, available: int, limit: int) -> str | None:
         return None
     if available < SMALL_N:
         return f"n = {n}: the test split holds {available} items"
-    return f"n = {n}: limited by evaluate.items = {limit}" if 0 < limit < SMALL_N else f"n = {n} of {available} items"
+    return f"n = {n}: limited by evaluate.limit = {limit}" if 0 < limit < SMALL_N else f"n = {n} of {available} items"
 
 
 def _accuracy(samples: Sequence[Sample], mode: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Panel:
 
     Attributes:
       task, group: the task and ``iid``, ``ood`` or ``cross``. items: the chosen items, sorted by id.
-      available: usable items in the test split. dropped: items that cannot be asked, with reasons.
+      available: usable items in the test split. limit: how many were asked for (0: all). dropped: items that cannot be asked, with reasons.
       task_hash: hash of the chosen items.
     """
 
@@ -40,6 +40,7 @@ class Panel:
     group: str
     items: tuple[Item, ...]
     available: int
+    limit: int
     dropped: tuple[Dropped, ...]
     task_hash: str
 
@@ -71,11 +72,20 @@ def evaluation_groups(cfg: ConfigDict) -> dict[str, tuple[str, ...]]:
 
 
 def load_panels(cfg: ConfigDict, data_dir: Path | None) -> list[Panel]:
-    """Every task to evaluate, in order of groups. Raises TaskDataError or UnknownTaskError if a task cannot be had."""
+    """Every task to evaluate, in order of groups.
+
+    Raises TaskDataError or UnknownTaskError if a task cannot be had, ConfigError if `evaluate.limits` names another task.
+    """
+    groups = evaluation_groups(cfg)
+    limits = dict(cfg.evaluate.limits)
+    names = [name for group in groups.values() for name in group]
+    stray = sorted(set(limits) - set(names))
+    if stray:
+        raise ConfigError(f"config.evaluate.limits: {stray[0]!r} is not evaluated; evaluated are {', '.join(names)}")
     return [
-        make_panel(get_task(name), group, load_items(name, SPLIT, data_dir), cfg.evaluate.items)
-        for group, names in evaluation_groups(cfg).items()
-        for name in names
+        make_panel(get_task(name), group, load_items(name, SPLIT, data_dir), int(limits.get(name, cfg.evaluate.limit)))
+        for group, members in groups.items()
+        for name in members
     ]
 
 
@@ -93,7 +103,7 @@ def make_panel(task: Task, group: str, items: Sequence[Item], limit: int) -> Pan
         else:
             usable[item.id] = item
     chosen = tuple(usable[key] for key in sorted(usable)[: limit or None])
-    return Panel(task, group, chosen, len(usable), tuple(dropped), split_hash(chosen))
+    return Panel(task, group, chosen, len(usable), limit, tuple(dropped), split_hash(chosen))
 
 
 def make_questions(
@@ -129,7 +139,7 @@ def describe(cfg: ConfigDict, tokenizer: Any, panels: Sequence[Panel]) -> dict[s
         "compute_dtype": cfg.compute_dtype,
         "prompt": "the question, its options, the task's suffix; rendered by the student's own chat template",
         "stop": [tokenizer.convert_ids_to_tokens(token) for token in stop_ids(tokenizer)],
-        "items": "all" if not cfg.evaluate.items else f"the {cfg.evaluate.items} smallest ids of each test split (ids are hashes)",
+        "items": {panel.task.name: f"{len(panel.items)} of {panel.available}, the smallest ids (ids are hashes)" for panel in panels},
         "prompt_suffixes": {panel.task.name: panel.task.prompt_suffix for panel in panels},
         "chat_template": template,
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),

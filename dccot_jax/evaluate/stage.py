@@ -7,6 +7,7 @@ measured). Replies are committed in chunks of `CHUNK_ROWS`, so a kill loses at m
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     dropped = [*(row for panel in panels for row in panel.dropped), *dropped]
     rows = _in_order(samples, panels)
     tasks = {
-        panel.task.name: task_metrics(rows[panel.task.name], group=panel.group, available=panel.available, limit=cfg.evaluate.items)
+        panel.task.name: task_metrics(rows[panel.task.name], group=panel.group, available=panel.available, limit=panel.limit)
         | {
             "answer_type": panel.task.answer_type,
             "prompt_suffix": panel.task.prompt_suffix,
@@ -78,7 +79,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             "tasks": tasks,
             "groups": {group: [panel.task.name for panel in panels if panel.group == group] for group in GROUPS},
             "protocol": describe(cfg, tokenizer, panels),
-            "student": {"kind": source.kind, "identity": source.identity, "parameters": student.mc.num_params},
+            "student": {"kind": source.kind, "identity": source.identity, "parameters": student.mc.num_params()},
         },
     )
     counts = out.write_dropped(dropped)
@@ -128,14 +129,12 @@ def _answer_all(
     chunks = [list(range(start, min(start + CHUNK_ROWS, len(questions)))) for start in range(0, len(questions), CHUNK_ROWS)]
     keys = [[question.panel.task.name, question.item.id] for question in questions]
     series = f"answers-{content_hash('answers/1', keys, CHUNK_ROWS)[:12]}"
-    sampler: Sampler | None = None
+    sampler = functools.cache(lambda: make_sampler(cfg, student, mesh))  # not needed where every chunk is there
 
     def work(rows: list[int], meter: Meter) -> list[dict[str, Any]]:
-        nonlocal sampler
-        sampler = sampler or make_sampler(cfg, student, mesh)
         asked = [questions[row] for row in rows]
         began = time.monotonic()
-        replies = sampler.generate([list(question.prompt_ids) for question in asked], cfg.evaluate.max_new_tokens)
+        replies = sampler().generate([list(question.prompt_ids) for question in asked], cfg.evaluate.max_new_tokens)
         tokens = sum(len(reply.tokens) for reply in replies)
         meter.advance(len(rows), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
         if not ctx.is_main:

@@ -79,7 +79,7 @@ def standard_error(values: Sequence[float]) -> float | None:
     return None if len(values) < 2 else float(np.std(np.asarray(values, np.float64), ddof=1)) / math.sqrt(len(values))
 
 
-def ratio_mean(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None] | None:
+def ratio_mean(sums: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> tuple[float, float | None] | None:
     """Mean per unit of weight, sum(sums) / sum(weights), and its linearised standard error (None for one item).
 
     Args:
