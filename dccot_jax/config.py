@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
     c.traces.seed = 0  # root of everything random in `traces` and `augment`: runs of several seeds share their data
     c.traces.questions = 0  # how many training questions, in the task's own order; 0 means all
     c.traces.samples = 1  # traces per question and teacher
-    c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)  # each a dict, see docs/teachers
+    c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)  # each a dict, see docs/teachers.md
     c.traces.temperature = 0.7
     c.traces.max_tokens = 1024
 

@@ -14,6 +14,7 @@ from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
 from dccot_jax.teachers.build import TeacherError, make_teacher
+from dccot_jax.teachers.replay import replay_spec
 
 _KNOWN_DIFFICULTIES = ("n_steps", "completion_tokens", "question_tokens")
 
@@ -65,9 +66,11 @@ def _check_teachers(config: ConfigDict) -> None:
     for where, spec in specs:
         if dict(spec).get("kind") == "replay" and where != "augment.teacher":
             root = Path(config.data_dir).expanduser() if config.data_dir else Path()
-            if not spec.get("files"):
-                raise ConfigError(f"config.{where}.files: empty; a replay teacher needs files of traces")
-            for file in spec["files"]:
+            try:
+                replayed = replay_spec(dict(spec))
+            except TeacherError as error:
+                raise ConfigError(f"config.{where}: {error}") from None
+            for file in replayed.files:
                 if not (root / file).exists():
                     raise ConfigError(f"config.{where}.files: {file!r} is not in data_dir {str(root)!r}")
             continue
