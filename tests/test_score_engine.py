@@ -36,8 +36,8 @@ TILE_TOKENS = 192  # 6 short or 2 long rows per tile and device
 class FakeTokenizer:
     """Just enough of a tokenizer for the assistant header: ids are 5, 6, 7."""
 
-    bos_token_id = None
-    eos_token_id = 3
+    bos_token_id: int | None = None
+    eos_token_id: int | None = 3
 
     def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize

@@ -207,7 +207,7 @@ def test_student_error_needs_its_column():
 
 
 def test_groups_are_scored_by_their_forward_part_and_dropped_whole():
-    def trace(question, part, group, verdict=True):
+    def trace(question, part, group, verdict: bool | None = True):
         return make_trace(
             task="t", split="train", question=question, target="x", part=part, group_id=group, verdict=verdict, verdict_reason="r"
         )

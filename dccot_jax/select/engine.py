@@ -21,7 +21,7 @@ import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
+from dccot_jax.artifact import Artifact, ArtifactError, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
@@ -262,7 +262,7 @@ def _chunk_table(rows: Sequence[Row], names: Sequence[str], parts: Sequence[tupl
 
 def _merge(columns: dict[str, dict[str, float]], chunk: pa.Table | None, name: str) -> None:
     if chunk is None:
-        raise RuntimeError(f"chunk {name} was committed and cannot be read back")
+        raise ArtifactError(f"chunk {name}: committed and cannot be read back")
     ids = chunk["id"].to_pylist()
     for signal, column in columns.items():
         column.update(zip(ids, chunk[signal].to_pylist()))

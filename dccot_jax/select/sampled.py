@@ -7,6 +7,7 @@ and judged by the task's own answer rules. Samples are kept with their trace ids
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections import Counter
@@ -17,9 +18,9 @@ import pyarrow as pa
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.artifact import ArtifactError, ArtifactWriter
 from dccot_jax.context import Context
-from dccot_jax.data.template import render_prompt, stop_ids
+from dccot_jax.data.template import render_prompt
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.generate.sampler import Sampler
 from dccot_jax.records import Dropped, Trace, content_hash
@@ -80,56 +81,58 @@ def student_error(
     """Column `student_error`: 1.0 where the student's greedy answer is wrong, missing or cut off, 0.0 where it is right.
 
     The answer counts by the flexible reading, as accuracy in the report does; strict verdict and reason are in the samples.
+    A prompt that leaves no room for the budget (``prompt_too_long``) or a gold answer that its type cannot read
+    (``bad_gold``) drops the rows.
 
     Returns:
-      {row id: value} and dropped rows (both complete on process 0 only), and facts.
+      {row id: value} and dropped rows, both complete on process 0 only, and facts.
     """
+    tokenizer = load_tokenizer(student.tokenizer_dir)
     questions, dropped = questions_of(traces)
+    asked, too_long = _with_prompts(questions, tokenizer, student.mc.max_positions, cfg.evaluate.max_new_tokens)
     size = cfg.score.chunk_rows
-    chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
-    layout = content_hash("samples/1", [q.id for q in questions], size)[:12]
+    chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
+    layout = content_hash("samples/1", [question.id for question, _ in asked], size)[:12]
     series = f"samples-{layout}"
     drop_other_layouts(out, ctx, "samples-", layout)
     done = committed(out, ctx, [series], len(chunks))
-    tokenizer = load_tokenizer(student.tokenizer_dir)
-    sampler = None
-    started, asked = time.monotonic(), 0
-    with ctx.progress("student answers", len(questions)) as meter:
+    sampler = functools.cache(lambda: make_sampler(cfg, student, mesh))  # not needed where every chunk is there
+    started, answered = time.monotonic(), 0
+    with ctx.progress("student answers", len(asked), "questions") as meter:
         for index, chunk in enumerate(chunks):
             if done[index]:
                 meter.skip(len(chunk))
                 continue
-            sampler = sampler or make_sampler(cfg, student, mesh, tokenizer)
-            table = pa.table(
-                {"sample": pa.array([json.dumps(s, sort_keys=True, ensure_ascii=False) for s in _answers(cfg, sampler, tokenizer, chunk)])}
-            )
+            replies = sampler().generate([prompt for _, prompt in chunk], cfg.evaluate.max_new_tokens)
             if ctx.is_main:
-                out.commit_chunk(series, index, table)
-            asked += len(chunk)
+                limit = cfg.verify.time_limit_seconds
+                samples = [make_sample(q, tokenizer, r.tokens, r.finish_reason, time_limit=limit) for (q, _), r in zip(chunk, replies)]
+                out.commit_chunk(series, index, pa.table({"sample": pa.array([_line(sample) for sample in samples], pa.string())}))
+            answered += len(chunk)
             meter.advance(len(chunk))
     seconds = time.monotonic() - started
     if not ctx.is_main:
         return {}, [], {}
-    samples: list[dict[str, Any]] = []
-    for index in range(len(chunks)):
-        table = out.read_chunk(series, index)
-        if table is None:
-            raise RuntimeError(f"chunk {series} {index} was committed and cannot be read back")
-        samples += [json.loads(text) for text in table["sample"].to_pylist()]
-    out.write_text("samples.jsonl", "".join(json.dumps(s, sort_keys=True, ensure_ascii=False) + "\n" for s in samples))
-    column = {row: float(not sample["correct"]) for sample in samples for row in sample["trace_ids"]}
+    samples = [sample for index in range(len(chunks)) for sample in _read(out, series, index)]
+    samples.sort(key=lambda sample: sample["question_id"])
+    out.write_text("samples.jsonl", "".join(_line(sample) + "\n" for sample in samples))
+    judged = [sample for sample in samples if sample["reason"] != "bad_gold"]
+    bad = [
+        Dropped(row, "bad_gold", f"student_error: {s['gold']!r}") for s in samples if s["reason"] == "bad_gold" for row in s["trace_ids"]
+    ]
+    column = {row: float(not sample["correct"]) for sample in judged for row in sample["trace_ids"]}
     facts = {
-        "questions": len(questions),
-        "questions_per_second": round(asked / max(seconds, 1e-9), 3),
+        "questions": len(judged),
+        "questions_per_second": round(answered / max(seconds, 1e-9), 3),
         "sample_seconds": round(seconds, 3),
-        "sample_tokens": sum(s["tokens"] for s in samples),
-        "student_error_rate": round(sum(not s["correct"] for s in samples) / max(len(samples), 1), 4),
-        "sample_reasons": dict(sorted(Counter(s["reason"] for s in samples).items())),
+        "sample_tokens": sum(sample["tokens"] for sample in samples),
+        "student_error_rate": round(sum(not sample["correct"] for sample in judged) / max(len(judged), 1), 4),
+        "sample_reasons": dict(sorted(Counter(sample["reason"] for sample in samples).items())),
     }
-    return column, dropped, facts
+    return column, [*dropped, *too_long, *bad], facts
 
 
-def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh, tokenizer: Any) -> Sampler:
+def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh) -> Sampler:
     """The sampler with evaluation's settings."""
     return Sampler(
         student.mc,
@@ -137,31 +140,52 @@ def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh, tokenizer: Any) 
         mesh,
         compute_dtype=cfg.compute_dtype,
         batch_rows=cfg.evaluate.batch_rows,
-        eos_id=stop_ids(tokenizer)[0],
-        pad_id=0,
+        eos_id=student.eos_id,
+        pad_id=student.pad_id,
     )
 
 
-def _answers(cfg: ConfigDict, sampler: Sampler, tokenizer: Any, questions: Sequence[Question]) -> list[Mapping[str, Any]]:
-    prompts = [render_prompt(tokenizer, build_prompt(get_task(q.task), q.question, q.choices)) for q in questions]
-    found = []
-    for question, generated in zip(questions, sampler.generate(prompts, cfg.evaluate.max_new_tokens)):
-        text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        verdict = judge(text, question.gold, question.answer_type, question.choices, time_limit=cfg.verify.time_limit_seconds)
-        found.append(
-            {
-                "question_id": question.id,
-                "trace_ids": list(question.rows),
-                "task": question.task,
-                "question": question.question,
-                "gold": question.gold,
-                "text": text,
-                "tokens": len(generated.tokens),
-                "finish_reason": generated.finish_reason,
-                "answer": verdict.answer_flexible,
-                "correct": bool(verdict.flexible),
-                "correct_strict": bool(verdict.strict),
-                "reason": verdict.reason,
-            }
-        )
-    return found
+def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finish_reason: str, *, time_limit: float) -> dict[str, Any]:
+    """One row of samples.jsonl: the question, the student's text and its verdicts. An unreadable answer is not correct."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    verdict = judge(text, question.gold, question.answer_type, question.choices, time_limit=time_limit)
+    return {
+        "question_id": question.id,
+        "trace_ids": list(question.rows),
+        "task": question.task,
+        "question": question.question,
+        "gold": question.gold,
+        "text": text,
+        "tokens": len(tokens),
+        "finish_reason": finish_reason,
+        "answer": verdict.answer_flexible,
+        "correct": bool(verdict.flexible),
+        "correct_strict": bool(verdict.strict),
+        "reason": verdict.reason,
+    }
+
+
+def _with_prompts(
+    questions: Sequence[Question], tokenizer: Any, max_positions: int, max_new_tokens: int
+) -> tuple[list[tuple[Question, list[int]]], list[Dropped]]:
+    """Questions with their prompt ids, short prompts first so that those of a batch are of similar length."""
+    found, dropped = [], []
+    for question in questions:
+        prompt = render_prompt(tokenizer, build_prompt(get_task(question.task), question.question, question.choices))
+        if len(prompt) + max_new_tokens > max_positions:
+            detail = f"student_error: {len(prompt)} prompt tokens + {max_new_tokens} new > {max_positions} positions"
+            dropped += [Dropped(row, "prompt_too_long", detail) for row in question.rows]
+        else:
+            found.append((question, prompt))
+    return sorted(found, key=lambda pair: (len(pair[1]), pair[0].id)), dropped
+
+
+def _line(sample: Mapping[str, Any]) -> str:
+    return json.dumps(sample, sort_keys=True, ensure_ascii=False)
+
+
+def _read(out: ArtifactWriter, series: str, index: int) -> list[dict[str, Any]]:
+    table = out.read_chunk(series, index)
+    if table is None:
+        raise ArtifactError(f"{out.chunk_path(series, index)}: committed and cannot be read back")
+    return [json.loads(text) for text in table["sample"].to_pylist()]

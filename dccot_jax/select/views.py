@@ -134,7 +134,7 @@ def view_arrays(view: str, rows: Sequence[Row], tile: Tile, context: Sequence[in
     scored = tile.bucket.scored
     length = tile.bucket.length if view == "conditional" else scored
     shapes = {"tokens": length, "segment_ids": length, "positions": length, "index": scored, "labels": scored}
-    arrays = {name: np.zeros((tile.slots, width), np.int32) for name, width in shapes.items()}
+    arrays: dict[str, np.ndarray] = {name: np.zeros((tile.slots, width), np.int32) for name, width in shapes.items()}
     arrays["mask"] = np.zeros((tile.slots, scored), np.float32)
     for slot, number in enumerate(tile.rows):
         row = rows[number]

@@ -1,0 +1,135 @@
+"""The sampled signal: which question is asked for which row, how answers count, resume. The sampler is scripted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, ClassVar
+
+import jax
+import pytest
+from etils import epath
+from rich.console import Console
+
+from dccot_jax import config as config_lib
+from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.context import Context
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import make_mesh
+from dccot_jax.records import make_trace
+from dccot_jax.select import sampled
+from dccot_jax.tasks.registry import build_prompt, get_task
+from dccot_jax.train.checkpoint import Student
+
+MC = ModelConfig("llama", 300, 32, 48, 2, 4, 2, 16, max_positions=600)
+
+
+def trace(question: str, gold: str | None, **fields: Any):
+    defaults = {"task": "svamp", "split": "train", "target": "x", "answer_type": "number", "gold_answer": gold}
+    return make_trace(question=question, **{**defaults, **fields})
+
+
+class Tokens:
+    """A tokenizer of UTF-8 bytes."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return bytes(tokens).decode()
+
+
+@dataclasses.dataclass
+class Reply:
+    tokens: list[int]
+    finish_reason: str
+
+
+class Scripted:
+    """Answers from a table by a word of the prompt; counts what it is asked."""
+
+    replies: ClassVar[dict[str, tuple[str, str]]] = {}
+    asked: ClassVar[list[str]] = []
+    budgets: ClassVar[set[int]] = set()
+    fail_after: int | None = None
+
+    def __init__(self, mc, params, mesh, *, compute_dtype, batch_rows, eos_id, pad_id):
+        assert (eos_id, pad_id) == (3, 0)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[Reply]:
+        self.budgets.add(max_new_tokens)
+        found = []
+        for prompt in prompts:
+            if self.fail_after is not None and len(self.asked) >= self.fail_after:
+                raise KeyboardInterrupt
+            text = bytes(prompt).decode()
+            self.asked.append(text)
+            answer, finish = next(value for key, value in self.replies.items() if key in text)
+            found.append(Reply(list(answer.encode()), finish))
+        return found
+
+
+@pytest.fixture
+def ask(monkeypatch, tmp_path):
+    monkeypatch.setattr(sampled, "Sampler", Scripted)
+    monkeypatch.setattr(sampled, "load_tokenizer", lambda _: Tokens())
+    monkeypatch.setattr(sampled, "render_prompt", lambda _, prompt: list(prompt.encode()))
+    Scripted.asked, Scripted.budgets, Scripted.fail_after = [], set(), None
+    student = Student(mc=MC, params={}, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3,), pad_id=0, source="test")
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+
+    def run(traces, name: str = "score", **changes):
+        cfg = config_lib.override(config_lib.default_config(), {"evaluate.max_new_tokens": 40, "score.chunk_rows": 2, **changes})
+        out = ArtifactWriter(tmp_path / name)
+        column, dropped, facts = sampled.student_error(cfg, student, mesh, traces, out, Context(tmp_path, console=Console(quiet=True)))
+        samples = [json.loads(line) for line in (out.path / "samples.jsonl").read_text().splitlines()]
+        return column, {d.id: d.reason for d in dropped}, facts, samples
+
+    return run
+
+
+def test_wrong_missing_and_cut_answers_are_errors(ask):
+    Scripted.replies = {
+        "right": ("2 + 3 = 5\nThe answer is 5.", "stop"),
+        "loose": ("I get 5", "stop"),
+        "wrong": ("The answer is 6.", "stop"),
+        "silent": ("hm", "length"),
+    }
+    rows = {name: trace(f"{name} question?", "5") for name in Scripted.replies}
+    again = trace("right question?", "5", teacher="another")
+    column, dropped, facts, samples = ask([*rows.values(), again])
+    assert {name: column[row.id] for name, row in rows.items()} == {"right": 0.0, "loose": 0.0, "wrong": 1.0, "silent": 1.0}
+    assert column[again.id] == 0.0 and not dropped
+    assert len(Scripted.asked) == 4 and Scripted.budgets == {40}  # one answer per question, evaluation's budget
+    task = get_task("svamp")
+    assert set(Scripted.asked) == {build_prompt(task, f"{name} question?", ()) for name in rows}
+    by_text = {s["question"].split()[0]: s for s in samples}
+    assert set(by_text["right"]["trace_ids"]) == {rows["right"].id, again.id}
+    assert by_text["silent"]["reason"] == "no_answer" and by_text["silent"]["finish_reason"] == "length"
+    assert (by_text["loose"]["correct"], by_text["loose"]["correct_strict"]) == (True, False)
+    assert facts["questions"] == 4 and facts["student_error_rate"] == 0.5
+
+
+def test_groups_ask_their_forward_question_and_unusable_rows_have_reasons(ask):
+    Scripted.replies = {"forward": ("The answer is 1.", "stop"), "lone": ("The answer is 9.", "stop"), "odd": ("The answer is 2.", "stop")}
+    forward = trace("forward?", "1", group_id="G", method="reverse")
+    backward = trace("backward?", None, group_id="G", method="reverse", part="backward_question")
+    orphan = trace("orphan?", "1", group_id="H", part="backward_reasoning")
+    no_gold = trace("lone?", None)
+    bad_gold = trace("odd?", "many")
+    long = trace("long" * 200 + "?", "3")
+    column, dropped, _, samples = ask([forward, backward, orphan, no_gold, bad_gold, long])
+    assert column == {forward.id: 0.0, backward.id: 0.0}
+    assert dropped == {orphan.id: "no_forward_part", no_gold.id: "missing_gold", bad_gold.id: "bad_gold", long.id: "prompt_too_long"}
+    assert len(samples) == 2
+
+
+def test_resume_asks_no_committed_question_again(ask):
+    Scripted.replies = {"?": ("The answer is 5.", "stop")}
+    rows = [trace(f"question {i}?", str(i)) for i in range(9)]
+    whole = ask(rows, "whole")
+    Scripted.asked, Scripted.fail_after = [], 5
+    with pytest.raises(KeyboardInterrupt):
+        ask(rows, "torn")
+    first, Scripted.asked, Scripted.fail_after = list(Scripted.asked), [], None
+    resumed = ask(list(reversed(rows)), "torn")
+    assert resumed[0] == whole[0] and resumed[3] == whole[3]
+    assert len(Scripted.asked) == 9 - 4 and not set(Scripted.asked) & set(first[:4])  # two chunks of two were committed
