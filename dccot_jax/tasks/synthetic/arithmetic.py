@@ -1,7 +1,7 @@
 """Word arithmetic: a running count changed by one short clause per step.
 
-Number domain. ``synth_arithmetic`` and ``synth_arithmetic_long``: start 2..20, changes 1..9, every running count in
-0..20; 2-6 and 7-9 steps. ``synth_arithmetic_large``: start 30..90, changes 11..40, running counts in 10..99; 2-6 steps.
+Number domain. ``synth_arithmetic`` and ``synth_arithmetic_long``: start 2..19, changes 1..9, every running count in
+0..19; 2-6 and 7-9 steps. ``synth_arithmetic_large``: start 30..90, changes 11..40, running counts in 10..99; 2-6 steps.
 Each clause of the question maps, in order, to one step of the rationale, which carries the running count explicitly.
 
 Noise feature: exactly one clause tells of an *accident* (`ACCIDENTS`: loses, drops, breaks). The noisy teacher reads it
@@ -86,11 +86,11 @@ class Arithmetic(Family[Problem, Backward]):
         return self._sample(rng, large=task == "synth_arithmetic_large", n_steps=rng.randint(low, high), feature=rng.random() < P_FEATURE)
 
     def _sample(self, rng: random.Random, *, large: bool, n_steps: int, feature: bool) -> Problem:
-        floor, top = (10, 99) if large else (0, 20)
+        floor, top = (10, 99) if large else (0, 19)
         least, most = (11, 40) if large else (1, 9)
         accident = rng.randrange(n_steps) if feature else -1
         while True:  # a start near an end of the domain can leave no room for the accident
-            start = rng.randint(30, 90) if large else rng.randint(2, 20)
+            start = rng.randint(30, 90) if large else rng.randint(2, 19)
             steps: list[tuple[str, int]] = []
             count = start
             for index in range(n_steps):
@@ -164,7 +164,7 @@ class Arithmetic(Family[Problem, Backward]):
         counts = [problem.start]
         for change in _changes(problem):
             counts.append(counts[-1] + change)
-        large = max(n for _, n in problem.steps) > 9 or max(counts) > 20
+        large = max(n for _, n in problem.steps) > 9 or max(counts) > 19
         return "synth_arithmetic_large" if large else "synth_arithmetic_long" if len(problem.steps) > 6 else "synth_arithmetic"
 
     def similar(self, problem: Problem, rng: random.Random) -> Problem:
