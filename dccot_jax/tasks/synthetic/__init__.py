@@ -108,8 +108,3 @@ def disjointness_report() -> dict[str, dict[str, int]]:
             "shared_skeletons": len(train_skeletons & skeletons),
         }
     return report
-
-
-if __name__ == "__main__":
-    for name, counts in disjointness_report().items():
-        print(name, " ".join(f"{key}={value}" for key, value in counts.items()))
