@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -22,6 +21,7 @@ from dccot_jax.data.template import render, render_prompt
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.evaluate import gold_nll, stage
 from dccot_jax.evaluate.protocol import evaluation_groups, load_panels, make_panel, make_questions
+from dccot_jax.generate.sampler import Generated
 from dccot_jax.model import decoder, head
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.tasks.base import make_item
@@ -29,12 +29,6 @@ from dccot_jax.tasks.registry import build_prompt, build_target, get_task, load_
 from dccot_jax.train.checkpoint import Student, load_student
 
 ITEMS = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    tokens: list[int]
-    finish_reason: str
 
 
 class FakeSampler:
@@ -46,14 +40,15 @@ class FakeSampler:
     def __init__(self, tokenizer: Any, answers: dict[tuple[int, ...], str]):
         self.tokenizer, self.answers, self.asked = tokenizer, answers, []
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0, seed: int = 0) -> list[Reply]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, on_batch: Any) -> list[Generated]:
         if sum(self.asked) + len(prompts) > self.fail_after:
             raise KeyboardInterrupt
         self.asked.append(len(prompts))
         found = []
         for prompt in prompts:
             tokens = self.tokenizer(self.answers[tuple(prompt)], add_special_tokens=False)["input_ids"]
-            found.append(Reply(tokens[:max_new_tokens], "length" if len(tokens) > max_new_tokens else "stop"))
+            found.append(Generated(tokens[:max_new_tokens], "length" if len(tokens) > max_new_tokens else "stop"))
+        on_batch(list(enumerate(found)))
         return found
 
 
@@ -231,3 +226,18 @@ def test_items_without_a_rationale_have_no_gold_nll(student: Artifact):
     assert [questions[row.question].item.gold for row in rows] == ["7"] and not dropped
     none, dropped = gold_nll.gold_rows(questions, tokenizer, max_positions=20)
     assert not none and [row.reason for row in dropped] == ["gold_too_long"]
+
+
+def test_an_untrained_student_runs_through(student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real sampler, twice with different chunks: the same replies, none beyond the budget."""
+    config = tiny_config(evaluate__limit=4, evaluate__max_new_tokens=8, evaluate__gold_nll=False, evaluate__ood=())
+    monkeypatch.setattr(stage, "load_student", _loaded)
+    results = []
+    for size in (256, 4):
+        monkeypatch.setattr(stage, "CHUNK_ROWS", size)
+        writer = ArtifactWriter(tmp_path / str(size))
+        results.append(stage.run(config, {"student": student}, writer, Context(workdir=tmp_path)))
+        artifact = _finish(writer, "evaluate", results[-1])
+        cell = artifact.json("metrics")["tasks"]["synth_arithmetic"]
+        assert cell["n"] == 4 and 1 <= cell["mean_completion_tokens"] <= 8
+    assert results[0].logical_hash == results[1].logical_hash

@@ -1,7 +1,7 @@
 """Stage `evaluate`: ask a student every item of every evaluation task, judge the replies, measure gold rationales.
 
 Files: ``samples.jsonl`` (one row per item: prompt, reply, verdicts; lm-eval's names beside ours), ``metrics.json``
-(see `metrics.task_metrics`) and ``dropped.parquet`` (items that could not be asked, or whose gold rationale could not be
+(see `metrics.task_metrics`; `completion_tokens` counts the stop token) and ``dropped.parquet`` (items that could not be asked, or whose gold rationale could not be
 measured). Replies are committed in chunks of `CHUNK_ROWS`, so a kill loses at most one chunk.
 """
 
@@ -24,7 +24,7 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.evaluate import gold_nll
 from dccot_jax.evaluate.metrics import task_metrics
 from dccot_jax.evaluate.protocol import GROUPS, Panel, Question, describe, load_panels, make_questions
-from dccot_jax.generate.sampler import Sampler
+from dccot_jax.generate.sampler import Generated, Sampler
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import Dropped, content_hash
 from dccot_jax.tasks.answers import judge
@@ -117,7 +117,7 @@ def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh) -> Sampler:
         mesh,
         compute_dtype=cfg.compute_dtype,
         batch_rows=cfg.evaluate.batch_rows,
-        eos_id=student.eos_id,
+        eos_id=student.stop_ids,
         pad_id=student.pad_id,
     )
 
@@ -133,10 +133,15 @@ def _answer_all(
 
     def work(rows: list[int], meter: Meter) -> list[dict[str, Any]]:
         asked = [questions[row] for row in rows]
-        began = time.monotonic()
-        replies = sampler().generate([list(question.prompt_ids) for question in asked], cfg.evaluate.max_new_tokens)
-        tokens = sum(len(reply.tokens) for reply in replies)
-        meter.advance(len(rows), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+        began, tokens = time.monotonic(), 0
+
+        def advance(finished: Sequence[tuple[int, Generated]]) -> None:
+            nonlocal tokens
+            tokens += sum(len(reply.tokens) for _, reply in finished)
+            meter.advance(len(finished), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+
+        prompts = [list(question.prompt_ids) for question in asked]
+        replies = sampler().generate(prompts, cfg.evaluate.max_new_tokens, on_batch=advance)
         if not ctx.is_main:
             return []
         return [
