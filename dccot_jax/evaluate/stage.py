@@ -1,8 +1,9 @@
 """Stage `evaluate`: ask a student every item of every evaluation task, judge the replies, measure gold rationales.
 
-Files: ``samples.jsonl`` (one row per item: prompt, reply, verdicts; lm-eval's names beside ours), ``metrics.json``
-(see `metrics.task_metrics`; `completion_tokens` counts the stop token) and ``dropped.parquet`` (items that could not be asked, or whose gold rationale could not be
-measured). Replies are committed in chunks of `CHUNK_ROWS`, so a kill loses at most one chunk.
+Files: ``samples.jsonl`` (one row per item: prompt, reply, verdicts; lm-eval's names beside ours; `completion_tokens`
+counts the stop token), ``metrics.json`` (see `metrics.task_metrics`) and ``dropped.parquet`` (items that could not be
+asked, or whose gold rationale could not be measured). Replies are committed in chunks of `CHUNK_ROWS`, so a kill loses at
+most one chunk.
 """
 
 from __future__ import annotations
