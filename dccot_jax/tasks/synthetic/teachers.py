@@ -156,7 +156,7 @@ def _blocks(text: str) -> dict[str, str]:
     return {tag: body.strip() for tag, body in zip(parts[1::2], parts[2::2])}
 
 
-def _need(blocks: dict[str, str], tag: str) -> str:
+def _need(blocks: Mapping[str, str], tag: str) -> str:
     if not blocks.get(tag):
         raise UnreadableRequest(f"the request has no {tag!r} block")
     return blocks[tag]
