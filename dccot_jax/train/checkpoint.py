@@ -8,6 +8,7 @@ shardings of whatever mesh is there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -111,7 +112,13 @@ def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]
 def random_params(mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
     """Fresh float32 parameters, a function of the seed alone, made in their shardings."""
     with jax.set_mesh(mesh):
-        return decoder.init_params(mc, jax.random.key(seed))
+        return _initialiser(mc, mesh)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=16)
+def _initialiser(mc: ModelConfig, _mesh: jax.sharding.Mesh) -> Callable[[jax.Array], Any]:
+    """Compiled once per model and mesh: a sweep opens the same fresh student many times."""
+    return jax.jit(functools.partial(decoder.init_params, mc))
 
 
 def _cast(params: Any, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
@@ -251,13 +258,6 @@ class TrainCheckpoints:
             length = file.stat().length if file.exists() else -1
             if length != size:
                 raise ValueError(f"{name} has {length} bytes instead of {size}")
-
-
-def remove_checkpoints(path: epath.PathLike) -> None:
-    """Remove a directory of training checkpoints (process 0, after every process closed them)."""
-    folder = epath.Path(path)
-    if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

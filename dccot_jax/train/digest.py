@@ -52,7 +52,7 @@ def _checksum(x: jax.Array) -> jax.Array:
         index = jnp.arange(x.shape[axis], dtype=jnp.uint32).reshape(shape)
         factor = factor + index * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
     odd = factor | jnp.uint32(1)  # an even factor would lose the top bit, the sign
-    return jax.reshard(jnp.sum(bits * odd, dtype=jnp.uint32), P())
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
 
 
 def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, jax.Array]]:

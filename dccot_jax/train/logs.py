@@ -90,6 +90,12 @@ class TrainLog:
         self._file.close()
         self._board.close()
 
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
     def _scalars(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():
             if name not in ("step", "time") and isinstance(value, (int, float)):

@@ -15,6 +15,8 @@ result is bitwise the same however often the training was killed and resumed.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +33,13 @@ from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource, batches
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
-from dccot_jax.records import content_hash
+from dccot_jax.records import canonical_json, content_hash
 from dccot_jax.train.checkpoint import (
     FINAL,
     CheckpointError,
     TrainCheckpoints,
     abstract_params,
     load_student,
-    remove_checkpoints,
     save_params,
 )
 from dccot_jax.train.digest import params_hash
@@ -84,6 +85,7 @@ def run(
     finished = _finished(out, owner)
     if finished is not None:
         ctx.log("  train: already finished")
+        _remove_checkpoints(cfg, out, ctx)
         return _result(finished)
 
     # --- mesh, optimizer, state ----------------------------------------------------------------------------------------
@@ -106,9 +108,7 @@ def run(
 
         # --- compile ---------------------------------------------------------------------------------------------------
         started = time.monotonic()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        step_fn = make_train_step(mc, mesh, cfg.train, jnp.dtype(cfg.compute_dtype), steps=steps)
-        train_step = step_fn.lower(shapes, _batch_shapes(mesh, rows_per_step, row_tokens)).compile()
+        train_step = _compile(mc, mesh, canonical_json(config_slice(cfg, ("train",))), cfg.compute_dtype, steps, rows_per_step, row_tokens)
         ctx.log(
             f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
             f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
@@ -122,7 +122,7 @@ def run(
         pending: Any = None
         clock = time.monotonic()
 
-        with ctx.progress("train", steps, unit="steps") as meter:
+        with log or contextlib.nullcontext(), ctx.progress("train", steps, unit="steps") as meter:
             meter.skip(first)
 
             def finish_step(step: int, metrics: Any) -> None:
@@ -159,8 +159,6 @@ def run(
 
         # --- finish: parameters, then final.json, then the checkpoints go ----------------------------------------------
         saver.close()
-        if log is not None:
-            log.close()
         save_params(out.file(FINAL), state["params"])
         final = {
             "owner": owner,
@@ -180,8 +178,7 @@ def run(
         out.write_bytes("student.json", student.file("student.json").read_bytes())
         out.write_json("final", final)
     ctx.barrier("train final")
-    if cfg.train.keep_checkpoints >= 0:
-        remove_checkpoints(out.file(CHECKPOINTS))
+    _remove_checkpoints(cfg, out, ctx)
     if final["skipped_steps"]:
         ctx.log(f"  {final['skipped_steps']} of {steps} steps were skipped: their gradient was not finite")
     return _result(final)
@@ -220,6 +217,13 @@ def _result(final: Mapping[str, Any]) -> StageResult:
     )
 
 
+def _remove_checkpoints(cfg: ConfigDict, out: ArtifactWriter, ctx: Context) -> None:
+    """Final parameters are on disk: training states have had their use, unless ``train.keep_checkpoints`` is negative."""
+    folder = out.file(CHECKPOINTS)
+    if ctx.is_main and cfg.train.keep_checkpoints >= 0 and folder.exists():
+        folder.rmtree()
+
+
 def _logical_hash(params_sha: str, student: Artifact, about: Mapping[str, Any]) -> str:
     """What a trained student means: its weights, the model they belong to, its tokenizer, and the plan it learned."""
     return content_hash("train/1", params_sha, student.json("student")["model"], about["tokenizer_hash"], about["hash"], digits=64)
@@ -231,10 +235,15 @@ def _epochs(plan: Artifact, about: Mapping[str, Any]) -> np.ndarray:
     return np.cumsum(per_step) / max(about["sequences"]["unique"], 1)
 
 
-def _batch_shapes(mesh: jax.sharding.Mesh, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+@functools.lru_cache(maxsize=4)
+def _compile(mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, steps: int, rows: int, tokens: int) -> Any:
+    """The compiled step; arms that differ only in their data share it. `train`: {"train.<key>": value} as canonical JSON."""
+    group = ConfigDict({name.removeprefix("train."): value for name, value in json.loads(train).items()})
+    state = abstract_state(abstract_params(mc, mesh), make_optimizer(group), mesh)
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
-    return {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    return make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps).lower(state, batch).compile()
 
 
 def _memory(compiled: Any) -> str:

@@ -1,0 +1,209 @@
+"""Checkpoints: any mesh, damage, foreign owners; opening students from artifacts and Hugging Face directories."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import TINY, UNTIED, finished, host_params, mesh, params_on, run_config, write_student
+
+from dccot_jax.artifact import ArtifactError, ArtifactWriter, tree_hash
+from dccot_jax.model import hf
+from dccot_jax.train.checkpoint import (
+    CheckpointError,
+    TrainCheckpoints,
+    abstract_params,
+    export_hf,
+    load_student,
+    random_params,
+    resolve_checkpoint,
+    save_params,
+)
+from dccot_jax.train.digest import checksums, params_hash
+from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.step import abstract_state, init_state
+
+OWNER = {"plan": "a" * 64, "student": "b" * 64}
+
+
+def _equal(left, right):
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def _state(on):
+    return init_state(params_on(TINY, on), make_optimizer(run_config().train), on)
+
+
+def _target(on):
+    return abstract_state(abstract_params(TINY, on), make_optimizer(run_config().train), on)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two checkpoints, 3 and 5, of a (2, 2, 2) mesh; 5 has other parameters."""
+    on = mesh(2, 2, 2)
+    with jax.set_mesh(on), TrainCheckpoints(tmp_path / "c", OWNER, keep=2, log=print) as saver:
+        saver.save(3, _state(on), {"totals": {"tokens": 1.5}})
+        saver.save(5, {**_state(on), "params": params_on(TINY, on, seed=1)}, {})
+    return tmp_path / "c"
+
+
+def _restore(path, on, owner=OWNER):
+    lines: list[str] = []
+    with jax.set_mesh(on), TrainCheckpoints(path, owner, keep=2, log=lines.append) as saver:
+        return saver.restore(_target(on)), lines
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1)])
+def test_a_state_is_restored_bitwise_onto_another_mesh(saved, shape):
+    on = mesh(*shape)
+    (step, state, _), lines = _restore(saved, on)
+    assert step == 5 and not lines
+    _equal(state["params"], host_params(TINY, 1))
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(_target(on)), strict=True):
+        assert leaf.sharding == expected.sharding
+
+
+def _data_files(folder):
+    """All of them: which one a read touches depends on how the writer merged them."""
+    return [path for path in folder.rglob("*") if path.is_file() and "/d/" in str(path)]
+
+
+def _truncate(folder):
+    for path in _data_files(folder):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip_bytes(folder):
+    for path in _data_files(folder):
+        data = bytearray(path.read_bytes())
+        for place in range(len(data) // 3, len(data), 97):
+            data[place] ^= 0x55
+        path.write_bytes(bytes(data))
+
+
+def _lose_record(folder):
+    shutil.rmtree(folder / "meta")
+
+
+def _wrong_contents(folder):
+    meta = next((folder / "meta").iterdir())
+    record = json.loads(meta.read_text())
+    record["checksums"][2] ^= 1
+    meta.write_text(json.dumps(record).ljust(meta.stat().st_size))  # of the same size
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_bytes, _lose_record, _wrong_contents])
+@pytest.mark.parametrize("sizes_known", [True, False])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(saved, damage, sizes_known):
+    damage(saved / "5")
+    if not sizes_known:
+        (saved / "5" / "sizes.json").unlink()
+    on = mesh(1, 1, 1)
+    (step, state, record), lines = _restore(saved, on)
+    assert step == 3 and record == {"totals": {"tokens": 1.5}}
+    _equal(state["params"], host_params(TINY, 0))
+    assert len(lines) == 1 and "checkpoint 5 is damaged" in lines[0]
+    assert not (saved / "5").exists()  # so that step 5 can be written again
+
+
+def test_an_unfinished_write_does_not_count(saved):
+    shutil.copytree(saved / "5", saved / "8.orbax-checkpoint-tmp-1")
+    (step, _, _), _ = _restore(saved, mesh(1, 1, 1))
+    assert step == 5
+
+
+def test_nothing_to_restore(tmp_path):
+    assert _restore(tmp_path / "none", mesh(1, 1, 1)) == (None, [])
+
+
+def test_a_checkpoint_of_another_plan_is_refused(saved):
+    with pytest.raises(CheckpointError, match=r"another plan \(aaaaaaaaaaaaaaaa\); this training's plan is cccccccccccccccc"):
+        _restore(saved, mesh(1, 1, 1), {**OWNER, "plan": "c" * 64})
+    assert (saved / "5").exists()
+
+
+def test_digests_do_not_depend_on_the_mesh_and_see_every_change():
+    host = host_params(UNTIED)
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        on = mesh(*shape)
+        assert params_hash(params_on(UNTIED, on), on) == tree_hash(host)
+    on = mesh(2, 2, 2)
+    with jax.set_mesh(on):
+        run = jax.jit(checksums)
+        plain = np.asarray(run(params_on(UNTIED, on)))
+    bits = np.asarray([[1.0, -2.0], [3.0, 4.0]], np.float32)
+    changes = {
+        "sign": bits * [[1, 1], [1, -1]],
+        "swapped": bits[:, ::-1],
+        "transposed": bits.T,
+        "last bit": np.nextafter(bits, np.float32(9)),
+        "zeroed": bits * 0,
+    }
+    sums = {name: int(checksums({"x": jnp.asarray(x, jnp.float32)})[0]) for name, x in {"as is": bits, **changes}.items()}
+    assert len(set(sums.values())) == len(sums)
+    leaves = jax.tree.leaves(host)
+    assert [int(checksums({"x": jnp.asarray(x)})[0]) for x in leaves[:3]] == plain[:3].tolist()
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_random_student_is_a_function_of_its_seed(tmp_path):
+    student = write_student(tmp_path / "s", TINY, seed=11)
+    loaded = load_student(student, mesh(2, 2, 2))
+    _equal(loaded.params, random_params(TINY, mesh(2, 2, 2), 11))
+    assert loaded.mc == TINY and (loaded.eos_id, loaded.stop_ids, loaded.pad_id) == (1, (1,), 0)
+    other = random_params(TINY, mesh(2, 2, 2), 12)
+    assert not np.array_equal(np.asarray(other["embed"]), np.asarray(jax.device_get(loaded.params["embed"])))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A train artifact, as the loop leaves it, with a real tokenizer."""
+    from dccot_jax.data.tokenizer import train_tokenizer, write_tokenizer
+
+    student = write_student(tmp_path / "student", UNTIED)
+    out = ArtifactWriter(tmp_path / "train")
+    save_params(out.file("final"), params_on(UNTIED, mesh(2, 2, 2)))
+    out.write_bytes("student.json", student.file("student.json").read_bytes())
+    write_tokenizer(out.file("tokenizer"), train_tokenizer(["one two", "three"], 300))
+    return finished(tmp_path / "train", "train:warmup", "x")
+
+
+def test_a_train_artifact_opens_by_itself_on_any_mesh(trained, tmp_path):
+    shutil.rmtree(tmp_path / "student")
+    for shape in ((1, 1, 1), (1, 2, 2)):
+        student = load_student(trained, mesh(*shape))
+        _equal(student.params, host_params(UNTIED))
+    half = load_student(trained.path, mesh(1, 4, 2), param_dtype=jnp.bfloat16).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    assert half["layers"]["wq"].addressable_shards[0].data.shape == (2, 4, 12)
+
+
+def test_damaged_parameters_are_an_artifact_error(trained):
+    shutil.rmtree(trained.file("final") / "d")
+    with pytest.raises(ArtifactError, match="parameters do not read"):
+        load_student(trained, mesh(1, 1, 1))
+
+
+def test_export_and_open_a_hugging_face_directory(trained, tmp_path):
+    export_hf(trained, tmp_path / "hf")
+    _equal(hf.load_hf(tmp_path / "hf")[1], host_params(UNTIED))
+    student = load_student(tmp_path / "hf", mesh(1, 2, 1))
+    _equal(student.params, host_params(UNTIED))
+    assert student.eos_id == 1  # <|end|>
+
+
+def test_a_path_that_holds_no_student_is_refused(tmp_path):
+    ArtifactWriter(tmp_path / "plan")
+    finished(tmp_path / "plan", "plan", "x")
+    with pytest.raises(CheckpointError, match="an artifact of stage plan"):
+        resolve_checkpoint(tmp_path / "plan")
+    with pytest.raises(CheckpointError, match="neither an artifact"):
+        load_student(tmp_path, mesh(1, 1, 1))

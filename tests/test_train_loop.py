@@ -1,0 +1,221 @@
+"""The train stage as a whole: learning, logs, and a resume that leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from training_cases import TINY, run_config, write_training
+
+from dccot_jax.artifact import ArtifactWriter, tree_hash
+from dccot_jax.config import ConfigError
+from dccot_jax.context import Context
+from dccot_jax.train.checkpoint import CheckpointError, restore_params
+from dccot_jax.train.logs import TrainLog, Window, read_log, without_times
+from dccot_jax.train.loop import run
+
+STEPS = 12
+
+
+class Killed(Exception):
+    """Stands in for a kill between two steps."""
+
+
+def _kill_at(step):
+    def on_step(done):
+        if done == step:
+            raise Killed
+
+    return on_step
+
+
+def _train(inputs, out, cfg, *, devices=1, on_step=None):
+    return run(cfg, inputs, ArtifactWriter(out), Context(out.parent), devices=jax.devices()[:devices], on_step=on_step)
+
+
+def _plain_log(folder):
+    return [without_times(line) for line in read_log(folder)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_training(tmp_path_factory.mktemp("inputs"), TINY, run_config())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "train"
+    return out, _train(inputs, out, run_config())
+
+
+def test_what_a_training_leaves_behind(undisturbed, inputs):
+    out, result = undisturbed
+    assert not (out / "checkpoints").exists()
+    assert {"final", "final.json", "student.json", "tokenizer", "train_log.jsonl", "tensorboard"} <= {path.name for path in out.iterdir()}
+    lines = read_log(out)
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    plan, pool = inputs["plan"].table("plan"), inputs["tokenize"].table("tokens")
+    lengths = [len(pool["input_ids"][row].as_py()) for row in plan["token_row"].to_pylist()]
+    assert sum(line["tokens"] for line in lines) == sum(lengths) == result.facts["tokens"]  # padding is not counted
+    assert lines[-1]["epoch"] == pytest.approx(len(plan) / len(pool), abs=1e-6)
+    assert result.facts["steps"] == STEPS and result.facts["skipped_steps"] == 0 and result.rows_in == len(plan)
+
+
+def test_the_logical_hash_names_the_parameters(undisturbed, inputs):
+    from training_cases import mesh
+
+    from dccot_jax.train.loop import _logical_hash
+
+    out, result = undisturbed
+    params = jax.device_get(restore_params(out / "final", TINY, mesh(1, 2, 1)))
+    assert result.logical_hash == _logical_hash(tree_hash(params), inputs["student"], inputs["plan"].json("plan"))
+
+
+@pytest.mark.parametrize("kills", [(2,), (5,), (4, 9, 10)])
+def test_a_killed_training_ends_bit_for_bit_like_an_undisturbed_one(undisturbed, inputs, tmp_path, kills):
+    for step in kills:
+        with pytest.raises(Killed):
+            _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(step))
+    result = _train(inputs, tmp_path / "train", run_config())
+    out, expected = undisturbed
+    assert result.logical_hash == expected.logical_hash and result.facts == expected.facts
+    assert _plain_log(tmp_path / "train") == _plain_log(out)
+
+
+def test_the_log_window_survives_where_checkpoints_and_lines_do_not_meet(undisturbed, inputs, tmp_path):
+    """A checkpoint after step 4 lies inside the window of steps 4 to 6."""
+    first: list[int] = []
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(6))
+    _train(inputs, tmp_path / "train", run_config(), on_step=first.append)
+    assert first[0] == 5
+    assert _plain_log(tmp_path / "train") == _plain_log(undisturbed[0])
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(undisturbed, inputs, tmp_path):
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(10))
+    for path in (tmp_path / "train" / "checkpoints" / "8" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    steps: list[int] = []
+    result = _train(inputs, tmp_path / "train", run_config(), on_step=steps.append)
+    assert steps[0] == 5
+    assert result.logical_hash == undisturbed[1].logical_hash
+
+
+def test_a_finished_training_is_not_repeated(undisturbed, inputs, tmp_path):
+    """Killed after the last step and before the manifest."""
+    shutil.copytree(undisturbed[0], tmp_path / "train")
+    (tmp_path / "train" / "checkpoints" / "8").mkdir(parents=True)
+    result = _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(1))
+    assert result == undisturbed[1]
+    assert not (tmp_path / "train" / "checkpoints").exists()
+
+
+def test_a_training_of_another_plan_is_refused(inputs, tmp_path):
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(6))
+    other = write_training(tmp_path / "other", TINY, run_config(), seed=1)
+    hashes = (inputs["plan"].json("plan")["hash"][:16], other["plan"].json("plan")["hash"][:16])
+    with pytest.raises(CheckpointError, match=rf"another plan \({hashes[0]}\).*{hashes[1]}"):
+        _train(other, tmp_path / "train", run_config())
+    with pytest.raises(CheckpointError, match="another config"):
+        _train(inputs, tmp_path / "train", run_config(learning_rate=0.5))
+    cfg = run_config(checkpoint_every=100)  # recorded, not hashed
+    assert _train(inputs, tmp_path / "train", cfg).facts["steps"] == STEPS
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
+    cfg = run_config(row_tokens=TINY.max_positions + 8)
+    with pytest.raises(ConfigError, match=r"train.row_tokens: 72 exceeds the student's 64 positions"):
+        _train(write_training(tmp_path, TINY, cfg), tmp_path / "train", cfg)
+
+
+def test_sixty_steps_on_eight_devices_and_a_resume_on_another_mesh(tmp_path):
+    """The lag-1 loop neither hangs with many fake devices nor depends on the mesh that a checkpoint was made on."""
+    cfg = run_config(steps=60, checkpoint_every=25, log_every=20, microbatches=1)
+    cfg.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    inputs = write_training(tmp_path, TINY, cfg)
+    whole = _train(inputs, tmp_path / "whole", cfg, devices=8)
+    lines = read_log(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "moved", cfg, devices=8, on_step=_kill_at(40))
+    one = run_config(steps=60, checkpoint_every=25, log_every=20, microbatches=1)
+    moved = _train(inputs, tmp_path / "moved", one)
+    assert moved.facts["loss"] == pytest.approx(whole.facts["loss"], rel=2e-3)
+    assert moved.facts["tokens"] == whole.facts["tokens"]
+
+
+def test_log_window_and_torn_line(tmp_path):
+    window = Window()
+    window.add({"loss": (6.0, 2.0), "tokens": (10.0, 1.0), "learning_rate": (0.5, 1.0)})
+    window = Window(json.loads(json.dumps(window.state())))
+    window.add({"loss": (1.0, 5.0), "tokens": (4.0, 1.0), "learning_rate": (0.25, 1.0)})
+    assert window.values() == {"loss": 1.0, "learning_rate": 0.25, "tokens": 14}
+    log = TrainLog(tmp_path, 0)
+    for step in (2, 4):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    with (tmp_path / "train_log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    TrainLog(tmp_path, 2).close()
+    assert [line["step"] for line in read_log(tmp_path)] == [2]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path):
+    """A real process, killed six times wherever it happens to be, a write included, ends like one that was left alone."""
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+
+    def start(name):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}
+        return subprocess.Popen([sys.executable, __file__, str(tmp_path), name], env=environment, stdout=subprocess.PIPE, text=True)
+
+    alone = start("alone")
+    expected = json.loads(alone.communicate(timeout=300)[0].splitlines()[-1])
+    kills = 0
+    while kills < 6:
+        process = start("killed")
+        assert process.stdout is not None
+        seen = 0
+        wanted = rng.randrange(2, 14)
+        for _line in process.stdout:
+            seen += 1
+            if seen == wanted:
+                break
+        time.sleep(rng.random() * 0.05)
+        finished = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if finished:
+            break
+    process = start("killed")
+    found = json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
+    assert found == expected
+    assert _plain_log(tmp_path / "killed") == _plain_log(tmp_path / "alone")
+
+
+def _main(folder: Path, name: str) -> None:
+    cfg = run_config(steps=60, checkpoint_every=3, log_every=7)
+    inputs = write_training(folder / f"{name}-inputs", TINY, cfg)
+    result = _train(inputs, folder / name, cfg, devices=1, on_step=lambda step: (time.sleep(0.01), print(step, flush=True)))
+    print(json.dumps([result.logical_hash, dict(result.facts)]))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), sys.argv[2])
