@@ -38,9 +38,10 @@ def shown(item: Item) -> str:
 
 
 def stated(reply: str) -> str:
+    """The answer of a reply; an option's letter without its brackets."""
     match = re.fullmatch(r"(?:.*\n)?The answer is (.+)\.", reply, re.DOTALL)
     assert match, reply
-    return match[1]
+    return match[1].strip("()")
 
 
 def simulate(item: Item) -> str:
@@ -179,8 +180,9 @@ def test_styles_differ_in_length() -> None:
         words = {style: sum(len(ask(style, shown(item)).split()) for item in load(task, "test")[:100]) for style in STYLES}
         assert words["verbose"] > 1.3 * words["concise"] > 1.3 * words["answer_only"]
         item = load(task, "test")[0]
-        assert ask("answer_only", shown(item)) == f"The answer is {item.gold}."
-        assert ask("verbose", shown(item)) == f"{item.rationale}\nThe answer is {item.gold}."
+        gold = f"({item.gold})" if item.choices else item.gold
+        assert ask("answer_only", shown(item)) == f"The answer is {gold}."
+        assert ask("verbose", shown(item)) == f"{item.rationale}\nThe answer is {gold}."
 
 
 @pytest.mark.parametrize("task", TRAINABLE)

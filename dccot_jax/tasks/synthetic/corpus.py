@@ -63,7 +63,7 @@ def _texts(family: Family[Any, Any], item: Item, rng: random.Random) -> Iterator
     question = item.question
     if item.choices:
         question += "\n" + " ".join(f"({letter}) {text}" for letter, text in zip("ABCD", item.choices))
-    stated = f"The answer is {item.gold}."
+    stated = f"The answer is ({item.gold})." if item.choices else f"The answer is {item.gold}."
     yield question
     yield f"{item.rationale}\n{stated}"
     yield f"{family.rationale(problem, 'concise')}\n{stated}"

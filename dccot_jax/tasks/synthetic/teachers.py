@@ -129,7 +129,8 @@ class ScriptedTeacher:
         raise UnreadableRequest("unknown family")
 
     def _written(self, rationale: str, answer: str, text: str) -> str:
-        stated = f"The answer is {options(text).get(answer, answer)}."
+        letter = options(text).get(answer)
+        stated = f"The answer is ({letter})." if letter else f"The answer is {answer}."
         return stated if self.style == "answer_only" else f"{rationale}\n{stated}"
 
 
