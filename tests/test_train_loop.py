@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -191,12 +192,7 @@ def test_sigkill_at_random_moments(tmp_path):
     while kills < 6:
         process = start("killed")
         assert process.stdout is not None
-        seen = 0
-        wanted = rng.randrange(2, 14)
-        for _line in process.stdout:
-            seen += 1
-            if seen == wanted:
-                break
+        next(itertools.islice(process.stdout, rng.randrange(2, 14), None), None)
         time.sleep(rng.random() * 0.05)
         finished = process.poll() is not None
         process.send_signal(signal.SIGKILL)

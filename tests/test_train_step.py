@@ -83,7 +83,8 @@ def test_adamw_equals_its_formula(eight, batch, reference):
 
     # Where a gradient is within rounding of 0, its sign is not defined.
     moved = jax.tree_util.tree_map_with_path(expected, host_params(TINY), grads)
-    for found, value, g in zip(jax.tree.leaves(jax.device_get(state["params"])), jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
+    after = jax.device_get(state["params"])
+    for found, value, g in zip(*map(jax.tree.leaves, (after, moved, grads)), strict=True):
         sure = np.abs(g) > 1e-4 * np.abs(g).max()
         assert sure.mean() > 0.5
         np.testing.assert_allclose(found[sure], value[sure], rtol=0, atol=2e-5)

@@ -243,7 +243,8 @@ def _compile(mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    return make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps).lower(state, batch).compile()
+    with jax.set_mesh(mesh):
+        return make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps).lower(state, batch).compile()
 
 
 def _memory(compiled: Any) -> str:
