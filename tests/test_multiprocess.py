@@ -110,7 +110,8 @@ def reports(tmp_path_factory):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // PROCESSES}",
+        # Compiling is most of this test's time, so the workers do without optimisation.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // PROCESSES} --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
     started = [
