@@ -187,12 +187,19 @@ def to_plain(value: Any) -> Any:
 
 
 def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
-    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys."""
+    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys.
+
+    A section that is switched off (its ``kind`` is "none") counts as nothing but that.
+    """
     found: dict[str, Any] = {}
     for key in keys:
-        for name, value in _flatten(key, lookup(config, key)):
+        value = lookup(config, key)
+        if isinstance(value, ConfigDict) and value.get("kind") == "none":
+            found[f"{key}.kind"] = "none"
+            continue
+        for name, item in _flatten(key, value):
             if not _unhashed(name):
-                found[name] = value
+                found[name] = item
     return found
 
 

@@ -235,7 +235,7 @@ def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context) -> None:
     if ctx.is_main:
         from dccot_jax.report.build import build_report
 
-        build_report(list(runs), ctx.workdir / "report", config, ctx)
+        build_report(list(runs), epath.Path(ctx.workdir) / "report", config, ctx)
         ctx.log(f"Report: {ctx.workdir / 'report' / 'report.html'}")
     ctx.barrier("report")
 

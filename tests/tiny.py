@@ -12,7 +12,7 @@ TINY: dict[str, Any] = {
     "traces.questions": 48,
     "tokens.max_length": 192,
     "train.row_tokens": 192,
-    "train.rows_per_step": 4,
+    "train.rows_per_step": 8,
     "train.steps": 12,
     "train.warmup_steps": 2,
     "train.checkpoint_every": 3,
