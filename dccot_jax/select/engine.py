@@ -153,14 +153,14 @@ def score_tiles(
     if jax.default_backend() == "cpu" and mesh.size > 1:
         in_flight = 1  # several queued programs with collectives can starve each other of host threads and hang
     waiting: collections.deque[tuple[Tile, jax.Array]] = collections.deque()
-    with jax.set_mesh(mesh):
-        for tile in tiles:
-            arrays = {view: _place(view_arrays(view, rows, tile, context), mesh) for view in views}
+    for tile in tiles:
+        arrays = {view: _place(view_arrays(view, rows, tile, context), mesh) for view in views}
+        with jax.set_mesh(mesh):  # not around the yields: a generator must not leave its caller inside a mesh
             waiting.append((tile, program(params, arrays)))
-            if len(waiting) >= in_flight:
-                yield _local_rows(*waiting.popleft())
-        while waiting:
+        if len(waiting) >= in_flight:
             yield _local_rows(*waiting.popleft())
+    while waiting:
+        yield _local_rows(*waiting.popleft())
 
 
 def _place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
