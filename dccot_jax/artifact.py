@@ -24,14 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
-from dccot_jax.records import Dropped, canonical_json, content_hash, count_reasons, dropped_to_table
+from dccot_jax.records import Dropped, InputError, canonical_json, content_hash, count_reasons, dropped_to_table
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "grain", "numpy", "pyarrow", "math-verify")
 
 
-class ArtifactError(RuntimeError):
+class ArtifactError(InputError):
     """An artifact that cannot be trusted: missing or damaged files, or a manifest that does not parse."""
 
 

@@ -29,9 +29,9 @@ from rich.table import Table
 
 from dccot_jax import __version__
 from dccot_jax import config as config_lib
-from dccot_jax.artifact import ArtifactError
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
+from dccot_jax.records import InputError
 
 _FLAGS = flags.FlagValues()
 
@@ -53,7 +53,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A command line that cannot work."""
 
 
@@ -75,17 +75,12 @@ def main(argv: Sequence[str]) -> int:
             return 0
         _parse(rest)
         return VERBS[verb](console)
-    except (UsageError, ConfigError, ArtifactError) as error:
+    except InputError as error:
         console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to go on")
         return 130
-    except Exception as error:
-        if getattr(error, "is_input_error", False):  # rooms mark errors that a user's input caused
-            console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
-            return 2
-        raise
 
 
 def console() -> None:

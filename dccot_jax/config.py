@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dccot_jax.records import canonical_json
+from dccot_jax.records import InputError, canonical_json
 
 AUGMENT_METHODS = ("rephrase", "question", "answer", "reverse")
 CURRICULA = ("none", "staged", "competence", "anti", "random_growing")
@@ -25,7 +25,7 @@ LOSS_WEIGHTS = ("token", "sequence", "reverse")
 DTYPES = ("float32", "bfloat16")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A config that cannot work; the message names the field, the value and what would be accepted."""
 
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dccot_jax.artifact import write_atomic
-from dccot_jax.records import Dropped
+from dccot_jax.records import Dropped, InputError
 
 _ROW_LISTS = ("examples", "data", "rows", "train")  # keys under which a single JSON object may hold its rows
 
 
-class FormatError(ValueError):
+class FormatError(InputError):
     """A file that cannot be read as rows; the message names the file, the line and the problem."""
 
 

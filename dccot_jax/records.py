@@ -22,6 +22,10 @@ IDENTITY_FIELDS = ("task", "split", "question", "teacher", "style", "method", "p
 ANSWER_TYPES = ("number", "yes_no", "choice", "latex", "date", "string")
 
 
+class InputError(ValueError):
+    """Something the user gave cannot work: a config, a file, a checkpoint. The message is one line; the command exits with 2."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """One teacher trace.

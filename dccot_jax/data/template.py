@@ -12,19 +12,19 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from dccot_jax.records import InputError
+
 # Faults of the template itself: every row would be wrong, so training is refused. The others concern one row.
 FATAL = frozenset({"no_template", "target_changed", "no_end_of_turn"})
 
 
-class TemplateError(ValueError):
+class TemplateError(InputError):
     """A row, or a tokenizer, that cannot be rendered faithfully.
 
     Attributes:
       reason: ``no_template``, ``target_changed`` (the template drops or rewrites part of the target, e.g. its reasoning),
         ``no_end_of_turn``, ``prompt_not_prefix``, ``end_of_turn_in_text``, ``not_representable`` or ``empty_target``.
     """
-
-    is_input_error = True
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from dccot_jax.artifact import write_atomic
-from dccot_jax.records import canonical_json, content_hash
+from dccot_jax.records import InputError, canonical_json, content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,10 +44,8 @@ TOKENIZER_FILES = (
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A tokenizer directory that cannot be used; the message names the directory and what is missing."""
-
-    is_input_error = True
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int = VOCAB_SIZE) -> str:

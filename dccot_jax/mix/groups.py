@@ -9,13 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from dccot_jax.records import Dropped, normalise_question
+from dccot_jax.records import Dropped, InputError, normalise_question
 
 
-class PlanError(ValueError):
+class PlanError(InputError):
     """A plan that cannot be made; the message names the config field or the column at fault."""
-
-    is_input_error = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dccot_jax.records import InputError
+
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
@@ -78,7 +80,7 @@ _HARMLESS_FIELDS = frozenset(
 )
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model description or a weight file that this decoder cannot represent; names every problem found."""
 
 

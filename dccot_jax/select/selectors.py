@@ -29,12 +29,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dccot_jax.config import ConfigError
-from dccot_jax.records import Dropped, count_reasons, derive_seed
+from dccot_jax.records import Dropped, InputError, count_reasons, derive_seed
 
 FIELDS = ("completion_tokens", "prompt_tokens", "n_steps")
 
 
-class SelectionError(RuntimeError):
+class SelectionError(InputError):
     """A selection that keeps nothing; the message names the step and the counts."""
 
 

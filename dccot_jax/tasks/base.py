@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dccot_jax.records import ANSWER_TYPES, content_hash
+from dccot_jax.records import ANSWER_TYPES, InputError, content_hash
 
 DOMAINS = ("math", "commonsense", "science", "logic", "nli", "symbolic")
 
 
-class TaskDataError(ValueError):
+class TaskDataError(InputError):
     """A task's rows cannot be had or are not what they should be; one line naming the file or hub id."""
 
 

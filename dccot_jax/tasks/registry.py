@@ -11,18 +11,18 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dccot_jax.records import Trace, content_hash, normalise_question
+from dccot_jax.records import InputError, Trace, content_hash, normalise_question
 from dccot_jax.tasks.answers_words import LETTERS
 from dccot_jax.tasks.base import Item, Task, TaskDataError
 
 _TASKS: dict[str, Task] = {}
 
 
-class UnknownTaskError(ValueError):
+class UnknownTaskError(InputError):
     """No task of that name; the message names the nearest one."""
 
 
-class SplitMismatchError(ValueError):
+class SplitMismatchError(InputError):
     """Traces were made on another split of a task than the one whose test set they would meet."""
 
 

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dccot_jax.records import Teacher
+from dccot_jax.records import InputError, Teacher
 
 
-class TeacherError(ValueError):
+class TeacherError(InputError):
     """A teacher spec that cannot work; the message names the field and what would be accepted."""
 
 

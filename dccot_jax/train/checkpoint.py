@@ -26,13 +26,14 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, hf
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
+from dccot_jax.records import InputError
 from dccot_jax.train.digest import checksums
 
 FINAL = "final"  # directory of the trained parameters in a train artifact
 _SIZES = "sizes.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError):
     """A checkpoint that does not belong to this training, or a path that holds no student."""
 
 
