@@ -52,7 +52,7 @@ class Scripted:
     fail_after: int | None = None
 
     def __init__(self, mc, params, mesh, *, compute_dtype, batch_rows, eos_id, pad_id):
-        assert (eos_id, pad_id) == (3, 0)
+        assert (eos_id, pad_id) == ((3, 4), 0)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[Reply]:
         self.budgets.add(max_new_tokens)
@@ -73,7 +73,7 @@ def ask(monkeypatch, tmp_path):
     monkeypatch.setattr(sampled, "load_tokenizer", lambda _: Tokens())
     monkeypatch.setattr(sampled, "render_prompt", lambda _, prompt: list(prompt.encode()))
     Scripted.asked, Scripted.budgets, Scripted.fail_after = [], set(), None
-    student = Student(mc=MC, params={}, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3,), pad_id=0, source="test")
+    student = Student(mc=MC, params={}, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3, 4), pad_id=0, source="test")
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
 
     def run(traces, name: str = "score", **changes):

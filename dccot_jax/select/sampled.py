@@ -140,7 +140,7 @@ def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh) -> Sampler:
         mesh,
         compute_dtype=cfg.compute_dtype,
         batch_rows=cfg.evaluate.batch_rows,
-        eos_id=student.eos_id,
+        eos_id=student.stop_ids,
         pad_id=student.pad_id,
     )
 

@@ -1,0 +1,131 @@
+"""Two real processes score as one does: each commits only rows it can address, and a torn part is scored again by both."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+PROCESSES = 2
+ROWS = 30
+CHUNK_ROWS = 8
+
+
+def score(folder: Path, index: int, processes: int, devices: list[jax.Device]):
+    """The stage on this process; returns its result and the ids this process committed."""
+    import test_score_engine as cases
+    from rich.console import Console
+
+    from dccot_jax import config as config_lib
+    from dccot_jax.artifact import ArtifactWriter
+    from dccot_jax.context import Context
+    from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
+    from dccot_jax.select import engine
+    from dccot_jax.train.checkpoint import Student
+
+    rng = np.random.default_rng(3)
+    host = jax.tree.map(lambda shape: (0.2 * rng.normal(size=shape)).astype(np.float32), weight_shapes(cases.MC), is_leaf=cases.is_shape)
+
+    def load(source, mesh):
+        params = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), host, param_shardings(cases.MC, mesh))
+        return Student(mc=cases.MC, params=params, tokenizer_dir=folder, eos_id=3, stop_ids=(3,), pad_id=0, source="test")  # type: ignore[arg-type]
+
+    committed: list[str] = []
+    commit = ArtifactWriter.commit_chunk
+
+    def noting(self, series, number, table):
+        committed.extend(table["id"].to_pylist())
+        commit(self, series, number, table)
+
+    ArtifactWriter.commit_chunk = noting  # type: ignore[method-assign]
+    engine.load_student, engine.TILE_TOKENS = load, {"cpu": cases.TILE_TOKENS}
+    engine.make_mesh = lambda _: make_mesh({"fsdp": -1}, devices)
+    engine.load_tokenizer = lambda _: cases.FakeTokenizer()  # type: ignore[assignment]
+    cfg = config_lib.override(config_lib.default_config(), {"score.signals": cases.SIGNALS, "score.chunk_rows": CHUNK_ROWS})
+    inputs = {"tokenize": cases.Fake({"tokens": cases.tokens_table(cases.make_rows(ROWS))}), "student": cases.Fake({})}
+    ctx = Context(folder, process_index=index, process_count=processes, console=Console(quiet=True))
+    try:
+        result = engine.run(cfg, inputs, ArtifactWriter(folder / "score"), ctx)  # type: ignore[arg-type]
+    finally:
+        ArtifactWriter.commit_chunk = commit
+    return result, committed
+
+
+def _worker(folder: Path, index: int, port: int) -> None:
+    from dccot_jax.artifact import ArtifactWriter
+
+    jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, index)
+    drop = ArtifactWriter.drop_chunks
+    ArtifactWriter.drop_chunks = lambda self: None  # as if killed before the merge was cleaned up
+    _, first = score(folder, index, PROCESSES, jax.devices())
+    ArtifactWriter.drop_chunks = drop
+    chunks = sorted((folder / "score" / "chunks").glob("*-p1-*"))
+    if index == 0:
+        chunks[1].write_bytes(chunks[1].read_bytes()[:30])
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("torn")
+    result, again = score(folder, index, PROCESSES, jax.devices())
+    print(json.dumps({"first": first, "again": again, "facts": dict(result.facts)}), flush=True)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tmp_path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Path(__file__)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(here), str(tmp_path / "two"), str(i), str(port)], env=environment, stdout=-1, stderr=-1, text=True
+        )
+        for i in range(PROCESSES)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs):
+        assert process.returncode == 0, errors[-3000:]
+    reports = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
+    parts = [set(report["first"]) for report in reports]
+    assert len(parts[0]) + len(parts[1]) == len(parts[0] | parts[1]) == ROWS and all(parts)
+    for report in reports:
+        assert 0 < len(report["again"]) < len(report["first"])  # only the torn chunk, on both processes
+    assert reports[0]["facts"]["rows_scored"] == sum(len(report["again"]) for report in reports)
+
+    from test_score_engine import assert_close
+
+    from dccot_jax.artifact import Artifact
+    from dccot_jax.select import engine
+
+    for name in ("load_student", "TILE_TOKENS", "make_mesh", "load_tokenizer"):
+        monkeypatch.setattr(engine, name, getattr(engine, name))  # `score` replaces them; undone at the end
+    score(tmp_path / "one", 0, 1, jax.devices()[:1])
+    two, one = (Artifact(_path(tmp_path / name / "score"), {}).table("scores") for name in ("two", "one"))
+    assert two.num_rows == ROWS
+    assert_close(two, one)
+
+
+def _path(path: Path):
+    from etils import epath
+
+    return epath.Path(path)
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
