@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -80,6 +84,44 @@ def test_each_slice_is_read_once_and_never_a_whole_tensor(tmp_path: Path):
     reader = TensorReader(tmp_path)
     load_hf(tmp_path, make_mesh({"data": 8, "fsdp": 1, "tensor": 1}), reader=reader)  # replicas share one read
     assert dict(reader.bytes_read) == whole
+
+
+TWO_PROCESSES = """
+import sys, pathlib, jax
+jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[1]))
+from dccot_jax.model.hf import load_hf, save_hf
+from dccot_jax.model.safetensors_io import TensorReader
+from dccot_jax.model.sharding import make_mesh
+root = pathlib.Path(sys.argv[3])
+reader = TensorReader(root / "in")
+mc, params = load_hf(root / "in", make_mesh({"fsdp": -1}), reader=reader)
+for name in reader.names:
+    shape = reader.shape(name)
+    whole = 4 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+    assert reader.bytes_read[name] == (whole // 2 if len(shape) == 2 else whole), (name, reader.bytes_read[name], whole)
+for leaf in jax.tree.leaves(params["layers"]):
+    assert sum(s.data.nbytes for s in leaf.addressable_shards) == (leaf.nbytes // 2 if leaf.ndim == 3 else leaf.nbytes)
+save_hf(params, mc, None, root / "out")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_half_each_and_export_the_same_file(tmp_path: Path):
+    save_hf(random_params(TIED), TIED, None, tmp_path / "in")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    commands = [[sys.executable, "-c", TWO_PROCESSES, str(i), port, str(tmp_path)] for i in range(2)]
+    runs = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for run in runs:
+            _, errors = run.communicate(timeout=300)
+            assert run.returncode == 0, errors
+    finally:
+        for run in runs:
+            run.kill()
+    assert (tmp_path / "in" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
 def test_all_conversion_problems_are_named_together(tmp_path: Path):

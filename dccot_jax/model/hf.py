@@ -189,7 +189,7 @@ def _read(
     """One parameter leaf; each distinct slice that this process's devices need is read once."""
     seen: dict[tuple, np.ndarray] = {}
 
-    def fetch(index: tuple[slice, ...]) -> np.ndarray:
+    def fetch(index: Any) -> np.ndarray:
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
         if bounds not in seen:
             seen[bounds] = assemble(tuple(slice(*pair) for pair in bounds))
@@ -235,14 +235,15 @@ def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
         return np.asarray(leaf) if layer is None else _pick_local(leaf, layer)
     if not isinstance(leaf.sharding, NamedSharding):
         raise ModelError(f"save_hf: a leaf over several processes has {type(leaf.sharding).__name__}; NamedSharding is needed")
-    everywhere = NamedSharding(leaf.sharding.mesh, P())
-    with jax.set_mesh(leaf.sharding.mesh):
-        picked = leaf if layer is None else jax.jit(_pick, out_shardings=P(*leaf.sharding.spec[1:]))(leaf, layer)
-        return np.asarray(jax.jit(lambda x: jax.reshard(x, P()), out_shardings=everywhere)(picked).addressable_data(0))
+    mesh: Any = leaf.sharding.mesh
+    with jax.set_mesh(mesh):
+        return np.asarray(_gather(leaf, layer).addressable_data(0))
 
 
-def _pick(leaf: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+@jax.jit
+def _gather(leaf: jax.Array, layer: int | None) -> jax.Array:
+    picked = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return jax.reshard(picked, P(*(None,) * picked.ndim))
 
 
 def _pick_local(leaf: jax.Array, layer: int) -> np.ndarray:

@@ -41,7 +41,7 @@ WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with Explicit axes (data, fsdp, tensor).
 
     Args:
