@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ ROWS = 30
 CHUNK_ROWS = 8
 
 
-def score(folder: Path, index: int, processes: int, devices: list[jax.Device]):
+def score(folder: Path, index: int, processes: int, devices: list[Any]):
     """The stage on this process; returns its result and the ids this process committed."""
     import test_score_engine as cases
     from rich.console import Console
