@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ def saved(tmp_path):
 def _restore(path, on, owner=OWNER):
     lines: list[str] = []
     with jax.set_mesh(on), TrainCheckpoints(path, owner, keep=2, log=lines.append) as saver:
-        return saver.restore(_target(on)), lines
+        found: Any = saver.restore(_target(on))
+    return found, lines
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1)])
@@ -116,6 +118,15 @@ def test_an_unfinished_write_does_not_count(saved):
     shutil.copytree(saved / "5", saved / "8.orbax-checkpoint-tmp-1")
     (step, _, _), _ = _restore(saved, mesh(1, 1, 1))
     assert step == 5
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, ["3"]), (2, ["2", "3"]), (-1, ["1", "2", "3"])])
+def test_the_newest_are_kept(tmp_path, keep, left):
+    on = mesh(1, 1, 1)
+    with jax.set_mesh(on), TrainCheckpoints(tmp_path, OWNER, keep=keep, log=print) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, _state(on), {})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == left
 
 
 def test_nothing_to_restore(tmp_path):

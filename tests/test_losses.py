@@ -17,7 +17,7 @@ forward_only = jax.jit(weighted_loss, static_argnums=1)
 
 def _loss(params, mc, batch, on, microbatches=1):
     with jax.set_mesh(on):
-        run = jax.jit(functools.partial(loss_and_grads, mc=mc, microbatches=microbatches, remat="nothing_saveable"))
+        run = jax.jit(functools.partial(loss_and_grads, mc=mc, microbatches=microbatches, remat="none"))
         total, weight, grads = run(params, batch=place(batch, on))
     return float(total), float(weight), jax.device_get(grads)
 

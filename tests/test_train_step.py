@@ -16,7 +16,7 @@ from dccot_jax.train.optimizer import clip_scale, decay_mask, make_optimizer, ma
 from dccot_jax.train.step import abstract_state, init_state, loss_and_grads, make_train_step
 
 STEPS = 10
-TRAIN = run_config(steps=STEPS, microbatches=2, weight_decay=0.3, clip_norm=0.05, schedule="linear").train
+TRAIN = run_config(steps=STEPS, microbatches=2, weight_decay=0.3, clip_norm=0.05, schedule="linear", remat="nothing_saveable").train
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def reference(batch):
     """Loss and gradients of the whole batch at once on one device."""
     one = mesh(1, 1, 1)
     with jax.set_mesh(one):
-        run = jax.jit(functools.partial(loss_and_grads, mc=TINY, microbatches=1, remat="nothing_saveable"))
+        run = jax.jit(functools.partial(loss_and_grads, mc=TINY, microbatches=1, remat="none"))
         total, weight, grads = run(params_on(TINY, one), batch=place(batch, one))
         return float(total), float(weight), jax.tree.map(lambda g: np.asarray(g) / float(weight), grads)
 

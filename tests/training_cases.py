@@ -167,5 +167,5 @@ def run_config(**train) -> ConfigDict:
     cfg = default_config().copy_and_resolve_references().unlock()
     cfg.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     sizes = {"steps": 12, "rows_per_step": 8, "row_tokens": 32, "checkpoint_every": 4, "log_every": 3}
-    cfg.train.update({**sizes, "warmup_steps": 2, "learning_rate": 1e-2, **train})
+    cfg.train.update({**sizes, "warmup_steps": 2, "learning_rate": 1e-2, "remat": "none", **train})
     return cfg

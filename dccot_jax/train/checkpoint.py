@@ -31,6 +31,7 @@ from dccot_jax.train.digest import checksums
 
 FINAL = "final"  # directory of the trained parameters in a train artifact
 _SIZES = "sizes.json"
+_DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError)  # what Orbax and tensorstore raise on files that do not read
 
 
 class CheckpointError(InputError):
@@ -74,7 +75,7 @@ def load_student(source: Artifact | epath.PathLike, mesh: jax.sharding.Mesh, *, 
         mc, params = hf.load_hf(found, mesh, dtype=param_dtype)
         tokenizer = load_tokenizer(found)
         stops = stop_ids(tokenizer)
-        pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad: Any = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return Student(mc, params, found, stops[0], tuple(stops), int(pad), str(found))
     record = found.json("student")
     mc, weights, about = ModelConfig.from_dict(record["model"]), record["weights"], record["tokenizer"]
@@ -176,11 +177,10 @@ class TrainCheckpoints:
         self._unsized: int | None = None
         if jax.process_index() == 0:
             self._path.mkdir(parents=True, exist_ok=True)
-        policy = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.PreserveAll() if keep < 0 else policy.LatestN(max(keep, 1)),
+                preservation_policy=ocp.checkpoint_managers.LatestN(None if keep < 0 else max(keep, 1)),
                 cleanup_tmp_directories=True,
                 create=False,
             ),
@@ -217,17 +217,21 @@ class TrainCheckpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-                self._check_owner(step, meta["owner"])
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                owner, record = meta["owner"], meta["record"]
+            except _DAMAGE as error:
+                self._discard(step, error)
+                continue
+            self._check_owner(step, owner)
+            try:
                 self._check_sizes(step)
-                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
-                found = np.asarray(jax.device_get(self._checksums(state))).tolist()
-                if found != meta["checksums"]:
+                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+                if np.asarray(jax.device_get(self._checksums(state))).tolist() != meta["checksums"]:
                     raise ValueError("array contents differ from their checksums")
-                return step, state, meta["record"]
-            except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-                self._log(f"  checkpoint {step} is damaged and was removed ({_first_line(error)}); trying the one before")
-                self._manager.delete(step)
+            except _DAMAGE as error:
+                self._discard(step, error)
+                continue
+            return step, state, record
         return None
 
     def close(self) -> None:
@@ -240,6 +244,10 @@ class TrainCheckpoints:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
+
+    def _discard(self, step: int, error: Exception) -> None:
+        self._log(f"  checkpoint {step} is damaged and was removed ({_first_line(error)}); trying the one before")
+        self._manager.delete(step)
 
     def _check_owner(self, step: int, owner: Mapping[str, str]) -> None:
         for name, mine in self._owner.items():

@@ -26,7 +26,7 @@ def params_hash(params: Any, mesh: jax.sharding.Mesh) -> str:
         digest = hashlib.sha256()
         for path, leaf in sorted(_leaves(params)):
             digest.update(f"{path}:{leaf.dtype}:{leaf.shape};".encode())
-            spec = leaf.sharding.spec
+            spec = getattr(leaf.sharding, "spec", None)
             stacked = leaf.ndim > 1 and (not spec or spec[0] is None)
             pieces = (pick(leaf, i) for i in range(leaf.shape[0])) if stacked else (gather(leaf),)
             for piece in pieces:

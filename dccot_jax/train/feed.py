@@ -34,7 +34,8 @@ def to_global(local: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, rows: Se
     place = {row: i for i, row in enumerate(rows)}
 
     def globalise(x: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first, last, _ = index[0].indices(rows_per_step)
             return x[place[first] : place[last - 1] + 1]
 

@@ -58,7 +58,7 @@ def run(
     out: ArtifactWriter,
     ctx: Context,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> StageResult:
     """Train the student of ``inputs["student"]`` on ``inputs["plan"]`` over the token rows of ``inputs["tokenize"]``.
