@@ -13,11 +13,19 @@ def get_config():
     c = default_config()
     c.name = "quickstart"
     c.traces.task = "synth_arithmetic"
-    c.traces.questions = 8000
-    c.traces.teachers = ({"kind": "scripted", "style": "verbose"}, {"kind": "scripted", "style": "concise"})
-    c.score.signals = ("nll", "ifd_loss", "ifd_ppl", "entropy")
+    c.traces.questions = 6000
+    c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)
     c.score.student = "warmup"
-    c.select.steps = ({"name": "teacher_correct"},)
-    c.train.steps = 600
-    c.evaluate.limit = 500
+    c.score.signals = ("nll", "ifd_loss", "ifd_ppl", "entropy")
+    c.score.warmup.steps = 60
+    c.select.steps = ({"name": "teacher_correct"}, {"name": "threshold", "signal": "ifd_ppl", "max": 1.0})
+    c.train.steps = 750
+    c.train.rows_per_step = 8
+    c.train.learning_rate = 3e-3
+    c.train.warmup_steps = 30
+    c.train.remat = "none"
+    c.evaluate.limit = 200
+    c.evaluate.limits = {"synth_arithmetic": 500, "synth_arithmetic_long": 600}  # 200 for each of 7, 8 and 9 steps
+    c.evaluate.max_new_tokens = 160
+    c.evaluate.batch_rows = 128
     return c

@@ -40,10 +40,10 @@ def get_config():
         {"name": "top", "signal": "ifd_loss", "share": 0.6},
     )
     c.mix.kind = "length"
-    c.mix.mode = "per_question"
+    c.mix.mode = "pooled"
     c.mix.alpha = 0.2
     c.mix.long = ("6", "4")
-    c.train.epochs = 3.0
+    c.train.epochs = 2.0
     c.train.row_tokens = 512
     c.train.rows_per_step = 8
     c.train.microbatches = 2

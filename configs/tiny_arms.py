@@ -23,7 +23,14 @@ def get_config():
     c.traces.questions = 8000
     c.traces.teachers = (VERBOSE,)
     c.train.steps = 500
-    c.evaluate.limit = 300
+    c.train.rows_per_step = 8
+    c.train.learning_rate = 3e-3
+    c.train.warmup_steps = 30
+    c.train.remat = "none"
+    c.evaluate.limit = 200
+    c.evaluate.limits = {"synth_arithmetic": 500}
+    c.evaluate.max_new_tokens = 160
+    c.evaluate.batch_rows = 128
     c.arms = (
         {"name": "no_cot", "tokens.format": "no_cot"},
         {"name": "vanilla_clean"},
