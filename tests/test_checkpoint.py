@@ -111,7 +111,11 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(saved, dama
     assert step == 3 and record == {"totals": {"tokens": 1.5}}
     _equal(state["params"], host_params(TINY, 0))
     assert len(lines) == 1 and "checkpoint 5 is damaged" in lines[0]
-    assert not (saved / "5").exists()  # so that step 5 can be written again
+    assert (saved / "damaged-5").exists()
+    with jax.set_mesh(on), TrainCheckpoints(saved, OWNER, keep=2, log=print) as saver:
+        saver.save(5, state, {"again": 1})
+        again: Any = saver.restore(_target(on))
+        assert again[2] == {"again": 1}
 
 
 def test_an_unfinished_write_does_not_count(saved):

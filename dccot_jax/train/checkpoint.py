@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, open_artifact, write_atomic
 from dccot_jax.data.template import stop_ids
@@ -177,6 +178,7 @@ class TrainCheckpoints:
         self._unsized: int | None = None
         if jax.process_index() == 0:
             self._path.mkdir(parents=True, exist_ok=True)
+        _barrier("checkpoint directory")
         self._manager = ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
@@ -207,7 +209,7 @@ class TrainCheckpoints:
     def restore(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest whole checkpoint of this training as (step, state, record), or None if there is none.
 
-        A damaged one is reported and removed, and the one before it is used.
+        A damaged one is reported and set aside, and the one before it is used.
 
         Args:
           target: tree of ShapeDtypeStructs with shardings, as `state`.
@@ -220,7 +222,7 @@ class TrainCheckpoints:
                 meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
                 owner, record = meta["owner"], meta["record"]
             except _DAMAGE as error:
-                self._discard(step, error)
+                self._set_aside(step, error)
                 continue
             self._check_owner(step, owner)
             try:
@@ -229,7 +231,7 @@ class TrainCheckpoints:
                 if np.asarray(jax.device_get(self._checksums(state))).tolist() != meta["checksums"]:
                     raise ValueError("array contents differ from their checksums")
             except _DAMAGE as error:
-                self._discard(step, error)
+                self._set_aside(step, error)
                 continue
             return step, state, record
         return None
@@ -245,9 +247,16 @@ class TrainCheckpoints:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _discard(self, step: int, error: Exception) -> None:
-        self._log(f"  checkpoint {step} is damaged and was removed ({_first_line(error)}); trying the one before")
-        self._manager.delete(step)
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Rename a checkpoint that does not read: its step may be written again, and a person may still look at it."""
+        aside = self._path / f"damaged-{step}"
+        self._log(f"  checkpoint {step} is damaged ({_first_line(error)}); set aside as {aside.name}, trying the one before")
+        if jax.process_index() == 0:
+            if aside.exists():
+                aside.rmtree()
+            (self._path / str(step)).rename(aside)
+        _barrier("checkpoint set aside")
+        self._manager.reload()
 
     def _check_owner(self, step: int, owner: Mapping[str, str]) -> None:
         for name, mine in self._owner.items():
@@ -267,6 +276,11 @@ class TrainCheckpoints:
             length = file.stat().length if file.exists() else -1
             if length != size:
                 raise ValueError(f"{name} has {length} bytes instead of {size}")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
