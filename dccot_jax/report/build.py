@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etils.epath import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 

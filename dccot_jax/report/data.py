@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from etils.epath import Path
 
 from dccot_jax.artifact import Artifact
 
@@ -108,7 +107,7 @@ def scores(runs: Sequence[ArmRun], bins: int = 40) -> list[dict[str, Any]]:
             distinct[key]["arms"].append(run.arm)
             continue
         table = score.table("scores")
-        kept = np.asarray(pc.is_in(table.column("id"), value_set=pa.array(select.table("kept").column("id").to_pylist(), pa.string())))
+        kept = np.isin(table.column("id").to_numpy(), select.table("kept").column("id").to_numpy())
         signals = {}
         for name in table.column_names:
             if name in _NOT_SIGNALS or not pa.types.is_floating(table.schema.field(name).type):

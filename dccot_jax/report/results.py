@@ -9,10 +9,10 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from dccot_jax import __version__
 from dccot_jax.artifact import package_versions
