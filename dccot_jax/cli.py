@@ -2,7 +2,7 @@
 
   dccot run      --config=FILE.py --workdir=DIR [--config.a.b=value ...] [--until=STAGE] [--only=STAGE]
   dccot report   --workdir=DIR
-  dccot eval     --config=FILE.py --checkpoint=DIR --workdir=DIR
+  dccot eval     --config=FILE.py --checkpoint=DIR [--workdir=DIR]
   dccot export   --checkpoint=DIR --out=DIR
   dccot tasks    [--data_dir=DIR]
   dccot validate --config=FILE.py
@@ -204,19 +204,21 @@ def _report(console: Console) -> int:
 
     workdir = _workdir()
     config, runs = pipeline.load_runs(workdir)
-    pipeline.report(config, runs, Context(workdir=workdir))
+    pipeline.report(config, runs, Context(workdir=workdir), force=True)
     return 0
 
 
 def _eval(console: Console) -> int:
     from dccot_jax import pipeline
 
-    config, workdir = _config(), _workdir()
+    config = _config()
     if not _FLAGS.checkpoint:
         raise UsageError("--checkpoint=DIR is needed: a train artifact or a Hugging Face directory")
+    checkpoint = Path(os.path.abspath(os.path.expanduser(_FLAGS.checkpoint)))
+    workdir = _workdir() if _FLAGS.workdir else epath.Path("runs").absolute() / f"eval-{checkpoint.name}"
     ctx = _context(workdir, config.data_dir)
     with _locked(workdir, ctx):
-        pipeline.evaluate_checkpoint(config, Path(_FLAGS.checkpoint).expanduser(), ctx)
+        pipeline.evaluate_checkpoint(config, checkpoint, ctx)
     return 0
 
 

@@ -170,9 +170,11 @@ UNHASHED = frozenset(
         "train.keep_checkpoints",
         "train.log_every",
         "evaluate.batch_rows",
-        "verify.time_limit_seconds",
     }
 )
+
+# What still has a meaning in a section whose kind is "none".
+SWITCHED_OFF = frozenset({"mix.kind", "mix.total_examples", "mix.total_tokens", "curriculum.kind"})
 
 
 def to_plain(value: Any) -> Any:
@@ -189,16 +191,14 @@ def to_plain(value: Any) -> Any:
 def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
     """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys.
 
-    A section that is switched off (its ``kind`` is "none") counts as nothing but that.
+    A section that is switched off (its ``kind`` is "none") counts with what still works in it (`SWITCHED_OFF`) alone.
     """
     found: dict[str, Any] = {}
     for key in keys:
         value = lookup(config, key)
-        if isinstance(value, ConfigDict) and value.get("kind") == "none":
-            found[f"{key}.kind"] = "none"
-            continue
+        off = isinstance(value, ConfigDict) and value.get("kind") == "none"
         for name, item in _flatten(key, value):
-            if not _unhashed(name):
+            if not _unhashed(name) and not (off and name not in SWITCHED_OFF):
                 found[name] = item
     return found
 

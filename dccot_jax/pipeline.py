@@ -34,6 +34,7 @@ from dccot_jax.artifact import (
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.preflight import check
+from dccot_jax.records import content_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,15 @@ STAGES = {
         Stage("student", "dccot_jax.data.student:run", 1, ("student", "seed"), "student_files"),
         Stage("traces", "dccot_jax.teachers.stage:run", 1, ("traces",), "trace_files"),
         Stage("augment", "dccot_jax.augment.stage:run", 1, ("augment", "traces.task", "traces.seed"), "trace_files"),
-        Stage("verify", "dccot_jax.select.verify:run", 1, ("traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"), "task_files"),
+        Stage(
+            "verify",
+            "dccot_jax.select.verify:run",
+            1,
+            ("verify", "traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"),
+            "task_files",
+        ),
         Stage("tokenize", "dccot_jax.data.tokenize:run", 1, ("tokens",)),
-        Stage("score", "dccot_jax.select.engine:run", 1, ("score.signals", "compute_dtype", "evaluate.max_new_tokens")),
+        Stage("score", "dccot_jax.select.engine:run", 1, ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify")),
         Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed")),
         Stage(
             "plan",
@@ -92,6 +99,7 @@ STAGES = {
             (
                 "traces.task",
                 "compute_dtype",
+                "verify",
                 "evaluate.iid",
                 "evaluate.ood",
                 "evaluate.cross",
@@ -108,6 +116,7 @@ STAGES = {
 DATA_STAGES = ("traces", "augment")  # their randomness hangs on traces.seed, so that seeds share their data
 ORDER = tuple(STAGES)
 REPORT = "report"
+REPORT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +145,6 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
         nodes[name] = Node(name, stage, cfg, dict(inputs), facets or {})
 
     add("student", {})
-    if base:
-        add("evaluate:base", {"student": "student"})
     add("traces", {})
     traces = "traces"
     if config.augment.methods:
@@ -154,6 +161,8 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
                 {
                     "select.steps": ({"name": "random", "share": config.score.warmup.share},),
                     "mix.kind": "none",
+                    "mix.total_examples": 0,
+                    "mix.total_tokens": 0,
                     "curriculum.kind": "none",
                     "train.steps": config.score.warmup.steps,
                 },
@@ -170,6 +179,8 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
     add("select", {**rows, **scored})
     add("plan", {**rows, **scored, "select": "select"})
     add("train", {"plan": "plan", "tokenize": "tokenize", "student": "student"})
+    if base:
+        add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})
     return nodes
 
@@ -198,15 +209,16 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
         if value and value not in (*ORDER, REPORT) and value.split(":")[0] not in ORDER:
             raise ConfigError(f"{name}={value}: no such stage; stages are {', '.join((*ORDER, REPORT))}")
     if ctx.is_main:
-        write_atomic(ctx.workdir / "config.txt", config_lib.resolved_text(config).encode())
-        write_atomic(ctx.workdir / "config.json", (json.dumps(config_lib.to_plain(config), indent=1, sort_keys=True) + "\n").encode())
+        _write_config(config, ctx)
     store = Store(ctx.workdir / "artifacts")
     runs: list[ArmRun] = []
-    made = reused = 0
+    made: set[str] = set()
+    reused: set[str] = set()
     for arm, seed, arm_config, base in _arm_seeds(config):
         nodes = graph(arm_config, base=base)
         done: dict[str, Artifact] = {}
         label = f"{arm}/{seed}"
+        last = _last_node(nodes, until)
         for node in nodes.values():
             if only and only not in (node.name, node.stage.kind):
                 found = _peek(store, node, done, ctx)
@@ -215,29 +227,43 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
                 continue
             artifact, fresh = _make(store, node, done, label, ctx)
             done[node.name] = artifact
-            made, reused = made + fresh, reused + (not fresh)
-            if until == node.name:
+            (made if fresh else reused).add(artifact.path.name)
+            if node.name == last:
                 break
         runs += _as_runs(arm, seed, arm_config, done)
     if ctx.is_main:
         _write_index(ctx.workdir, runs)
-    if not made and not only:
-        ctx.log(f"Nothing to do: all {reused} artifacts of this run are up to date.")
+    if made or only:
+        ctx.log(f"{len(made)} artifacts made, {len(reused - made)} reused.")
     else:
-        ctx.log(f"{made} artifacts made, {reused} reused.")
+        ctx.log(f"Nothing to do: all {len(reused)} artifacts of this run are up to date.")
     if (not until or until == REPORT) and only in ("", REPORT):
         report(config, runs, ctx)
     return runs
 
 
-def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context) -> None:
-    """Write `workdir/report` from finished artifacts (process 0)."""
+def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context, *, force: bool = False) -> None:
+    """Write `workdir/report` from finished artifacts (process 0), unless it was written from the same ones; `force` writes it again."""
     if ctx.is_main:
-        from dccot_jax.report.build import build_report
+        folder = epath.Path(ctx.workdir) / "report"
+        artifacts = [[run.arm, run.seed, {name: item.identity for name, item in run.artifacts.items()}] for run in runs]
+        made_from = content_hash(REPORT_VERSION, config_lib.to_plain(config), artifacts)
+        stamp = folder / "made_from"
+        if force or not stamp.exists() or stamp.read_text() != made_from:
+            from dccot_jax.report.build import build_report
 
-        build_report(list(runs), epath.Path(ctx.workdir) / "report", config, ctx)
-        ctx.log(f"Report: {ctx.workdir / 'report' / 'report.html'}")
+            build_report(list(runs), folder, config, ctx)
+            write_atomic(stamp, made_from.encode())
+        ctx.log(f"Report: {folder / 'report.html'}")
     ctx.barrier("report")
+
+
+def _last_node(nodes: Mapping[str, Node], until: str) -> str:
+    """The node after which `until` stops: itself, or the last one before it in `ORDER` if this arm has no such stage."""
+    if not until or until == REPORT or until in nodes:
+        return until
+    rank = ORDER.index(until.split(":")[0])
+    return [name for name in nodes if name in ORDER and ORDER.index(name) <= rank][-1]
 
 
 def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
@@ -260,15 +286,18 @@ def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
     return config, runs
 
 
-def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> Artifact:
-    """Evaluate a train artifact or a Hugging Face directory under a config's protocol, and write a report of it.
+def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> list[ArmRun]:
+    """Evaluate a train artifact or a Hugging Face directory under a config's protocol; the workdir gets a report of it.
 
-    Raises ConfigError if the path is neither.
+    Raises ConfigError if the path is neither, or the workdir holds a run already.
     """
     check(config)
+    previous = ctx.workdir / "runs.json"
+    if previous.exists() and any(set(entry["artifacts"]) - {"student", "train", "evaluate"} for entry in json.loads(previous.read_text())):
+        raise ConfigError(f"--workdir={ctx.workdir}: holds a run; name another directory for this evaluation")
     store = Store(ctx.workdir / "artifacts")
     if (checkpoint / "manifest.json").exists():
-        role, source = "train", open_artifact(checkpoint)
+        source = open_artifact(checkpoint)
         if source.kind not in ("train", "student"):
             raise ConfigError(f"--checkpoint={checkpoint}: a {source.kind} artifact, not a train or student artifact")
         role = source.kind
@@ -280,11 +309,19 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> A
         raise ConfigError(f"--checkpoint={checkpoint}: neither a train artifact (manifest.json) nor a Hugging Face directory (config.json)")
     node = Node("evaluate", STAGES["evaluate"], config, {role: "source"})
     artifact, _ = _make(store, node, {"source": source}, "eval", ctx)
-    plain = config_lib.to_plain(config)
-    plain.pop("arms", None)
-    runs = [ArmRun(checkpoint.name, config.seed, plain, {role: source, "evaluate": artifact})]
+    config = config_lib.override(config, {"arms": (), "report.compare": ()})
+    runs = [ArmRun(checkpoint.name, config.seed, config_lib.to_plain(config), {role: source, "evaluate": artifact})]
+    if ctx.is_main:
+        _write_config(config, ctx)
+        _write_index(ctx.workdir, runs)
     report(config, runs, ctx)
-    return artifact
+    return runs
+
+
+def _write_config(config: ConfigDict, ctx: Context) -> None:
+    """The resolved config, for people (sorted lines) and for `load_runs`."""
+    write_atomic(ctx.workdir / "config.txt", config_lib.resolved_text(config).encode())
+    write_atomic(ctx.workdir / "config.json", (json.dumps(config_lib.to_plain(config), indent=1, sort_keys=True) + "\n").encode())
 
 
 def _arm_seeds(config: ConfigDict) -> Iterator[tuple[str, int, ConfigDict, bool]]:
@@ -310,15 +347,16 @@ def _write_index(workdir: epath.Path | Path, runs: Sequence[ArmRun]) -> None:
             "arm": run.arm,
             "seed": run.seed,
             "config": run.config,
-            "artifacts": {
-                name: str(artifact.path.relative_to(workdir))
-                for name, artifact in run.artifacts.items()
-                if artifact.path.is_relative_to(workdir)
-            },
+            "artifacts": {name: _place(artifact, workdir) for name, artifact in run.artifacts.items()},
         }
         for run in runs
     ]
     write_atomic(workdir / "runs.json", (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _place(artifact: Artifact, workdir: epath.Path | Path) -> str:
+    """Path of an artifact as the index keeps it: relative inside the workdir, whole outside."""
+    return str(artifact.path.relative_to(workdir) if artifact.path.is_relative_to(workdir) else artifact.path)
 
 
 def _inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, Artifact]:

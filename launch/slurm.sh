@@ -4,7 +4,6 @@
 #SBATCH --job-name=dccot
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-task=1
-#SBATCH --signal=TERM@120
 set -euo pipefail
 CONFIG=$1 WORKDIR=$2
 shift 2

@@ -34,7 +34,10 @@ CONFIG = tiny_config(augment__methods=("answer",), augment__answers=1)
 
 
 def child(workdir: Path, write_to_die_at: int, stage: str) -> None:
-    """One attempt. Journals every finished stage and committed chunk; dies inside write number `write_to_die_at` of `stage`."""
+    """One attempt. Journals every finished stage and committed chunk.
+
+    Dies inside write number `write_to_die_at` of `stage` or, where the stage has fewer left, inside that of its manifest.
+    """
     journal = (workdir / "journal.jsonl").open("a")
 
     def note(**entry: object) -> None:
@@ -58,7 +61,7 @@ def child(workdir: Path, write_to_die_at: int, stage: str) -> None:
         nonlocal writes
         if f"/{stage.replace(':', '_')}-" in str(path):
             writes += 1
-            if writes == write_to_die_at:
+            if write_to_die_at and (writes == write_to_die_at or Path(path).name == artifact.MANIFEST):
                 beside = Path(path).parent / f".{Path(path).name}.{os.getpid()}.tmp"
                 beside.write_bytes(data[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -118,20 +121,18 @@ def main(root: Path, seed: int, kills: int) -> None:
     rng = random.Random(derive_seed(seed, "kills"))
     counts: dict[str, list[str]] = {}
     for stage in pipeline.graph(CONFIG, base=True):
-        for number in range(kills):
-            if number == 0:
-                outcome = attempt(rough, stage=stage, die_at_write=1)
-            elif number == 1:
-                outcome = attempt(rough, stage=stage, die_at_write=rng.randint(2, 3))
-            elif number == 2 and stage == "train":
-                outcome = attempt(rough, stage=stage, delay=0.0, marker="*tmp*")
-            else:
-                outcome = attempt(rough, stage=stage, delay=rng.uniform(0.0, max(seconds.get(stage, 0.1), 0.05)))
-            counts.setdefault(stage, []).append(outcome)
-            if outcome.startswith("failed"):
-                sys.exit(f"{stage}: {outcome}\n{(rough / 'log.txt').read_text()}")
-            if outcome == "finished":
-                break
+        # Five kills that are sure to hit: in a first, second or third write, in the manifest. Then some at random moments,
+        # the first of train's while a checkpoint is being written; the last of them may come too late.
+        sure = [1, 1, rng.randint(1, 2), rng.randint(1, 3), 1 << 30]
+        outcomes = [attempt(rough, stage=stage, die_at_write=write) for write in sure[:kills]]
+        if stage == "train":
+            outcomes.append(attempt(rough, stage=stage, delay=0.0, marker="*tmp*"))
+        while len(outcomes) < kills + 2 and outcomes[-1] != "finished":
+            outcomes.append(attempt(rough, stage=stage, delay=rng.uniform(0.0, max(seconds.get(stage, 0.1), 0.05))))
+        counts[stage] = outcomes
+        failed = [outcome for outcome in outcomes if outcome.startswith("failed")]
+        if failed:
+            sys.exit(f"{stage}: {failed[0]}\n{(rough / 'log.txt').read_text()}")
     last = attempt(rough)
     journal = [json.loads(line) for line in (rough / "journal.jsonl").read_text().splitlines()]
     print(json.dumps({"last": last, "kills": counts, "quiet": hashes(quiet), "rough": hashes(rough), "journal": journal}))

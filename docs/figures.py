@@ -1,0 +1,61 @@
+"""Regenerate the README's table and picture from a finished quickstart.
+
+  dccot run --config=configs/quickstart.py --workdir=runs/quickstart
+  python docs/figures.py runs/quickstart
+
+Writes docs/report.png (the top of report.html, taken with headless Chromium, if one is installed) and the table between the
+markers `<!-- results -->` in README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OPEN, CLOSE = "<!-- results -->", "<!-- /results -->"
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--hide-scrollbars")
+
+
+def table(results: dict) -> str:
+    """Markdown table: one row per task, untrained and trained student side by side."""
+    cells = {(cell["arm"], cell["task"]): cell for cell in results["cells"]}
+    lines = [
+        "| task | relation | n | untrained | trained [95 % interval] | mean tokens | truncated | no answer | gold NLL, untrained → trained |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for group, tasks in results["groups"].items():
+        for task in tasks:
+            base, trained = cells["base", task], cells["quickstart", task]
+            low, high = trained["accuracy_flexible_interval"]
+            lines.append(
+                f"| {task} | {group} | {trained['n']} | {base['accuracy_flexible']:.1%} | {trained['accuracy_flexible']:.1%} [{low:.1%}, {high:.1%}] "
+                f"| {trained['mean_completion_tokens']:.0f} | {trained['truncation_rate']:.1%} | {trained['no_answer_rate']:.1%} "
+                f"| {base['gold_nll']['mean']:.2f} → {trained['gold_nll']['mean']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(workdir: Path) -> None:
+    results = json.loads((workdir / "report" / "results.json").read_text())
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(OPEN)
+    _, after = rest.split(CLOSE)
+    readme.write_text(f"{before}{OPEN}\n{table(results)}\n{CLOSE}{after}")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("README.md written; no Chromium here, docs/report.png left as it was")
+    with tempfile.TemporaryDirectory() as profile:
+        page = (workdir / "report" / "report.html").resolve().as_uri()
+        picture = ROOT / "docs" / "report.png"
+        size = "--window-size=1200,1500"
+        subprocess.run([browser, *FLAGS, f"--user-data-dir={profile}", f"--screenshot={picture}", size, page], check=True, capture_output=True)
+    print(f"wrote {readme} and {picture}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
