@@ -69,7 +69,7 @@ def child(workdir: Path, write_to_die_at: int, stage: str) -> None:
 
     pipeline.finish, artifact.ArtifactWriter.commit_chunk, artifact.write_atomic = noting_finish, noting_commit, dying_write  # type: ignore[assignment]
     console = Console(file=(workdir / "log.txt").open("a"), highlight=False)
-    pipeline.run(CONFIG, Context(workdir=workdir, console=console))
+    pipeline.run(CONFIG, Context(workdir=workdir, console=console), until=stage)  # a kill that comes too late ends its own stage only
     os._exit(0)
 
 
@@ -126,7 +126,7 @@ def main(root: Path, seed: int, kills: int) -> None:
         sure = [1, 1, rng.randint(1, 2), rng.randint(1, 3), 1 << 30]
         outcomes = [attempt(rough, stage=stage, die_at_write=write) for write in sure[:kills]]
         if stage == "train":
-            outcomes.append(attempt(rough, stage=stage, delay=0.0, marker="*tmp*"))
+            outcomes.append(attempt(rough, stage=stage, delay=0.0, marker="*.orbax-checkpoint-tmp*"))
         while len(outcomes) < kills + 2 and outcomes[-1] != "finished":
             outcomes.append(attempt(rough, stage=stage, delay=rng.uniform(0.0, max(seconds.get(stage, 0.1), 0.05))))
         counts[stage] = outcomes
