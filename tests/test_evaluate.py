@@ -35,12 +35,14 @@ class FakeSampler:
     """Writes the gold rationale for items whose hash is even, nothing readable for the rest; counts what it is asked."""
 
     asked: list[int]
+    rows: list[int]
     fail_after: int = 10**9
 
     def __init__(self, tokenizer: Any, answers: dict[tuple[int, ...], str]):
-        self.tokenizer, self.answers, self.asked = tokenizer, answers, []
+        self.tokenizer, self.answers, self.asked, self.rows = tokenizer, answers, [], []
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, on_batch: Any) -> list[Generated]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, row_ids: list[int], on_batch: Any) -> list[Generated]:
+        self.rows += row_ids
         if sum(self.asked) + len(prompts) > self.fail_after:
             raise KeyboardInterrupt
         self.asked.append(len(prompts))
@@ -143,7 +145,8 @@ def test_stage_counts_what_the_student_wrote(config, student: Artifact, tmp_path
     sampler, right = _fake(student)
     artifact, result = _evaluate(config, student, tmp_path, sampler, monkeypatch)
     rows = [json.loads(line) for line in artifact.file("samples.jsonl").read_text().splitlines()]
-    assert len(rows) == result.rows_out == 2 * ITEMS
+    assert len(rows) == result.rows_in == result.rows_out == 2 * ITEMS and not result.dropped
+    assert sampler.rows == list(range(2 * ITEMS))
     assert {row["item_id"] for row in rows if row["correct_strict"]} == {row["item_id"] for row in rows if row["correct_flexible"]} == right
     metrics = artifact.json("metrics")
     for name, group in (("synth_arithmetic", "iid"), ("synth_arithmetic_long", "ood")):
@@ -158,6 +161,30 @@ def test_stage_counts_what_the_student_wrote(config, student: Artifact, tmp_path
     assert metrics["protocol"]["name"] == "sound" and len(metrics["protocol"]["chat_template_sha256"]) == 64
     assert {"resps", "filtered_resps", "doc_hash", "prompt_hash", "target_hash", "arguments", "target"} <= set(rows[0])
     assert not artifact.has("chunks")
+
+
+def test_every_item_asked_for_is_evaluated_or_dropped_with_a_reason(
+    config, student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One panel with unusable items, a limit, long prompts and gold rationales that do not fit."""
+    tokenizer = load_tokenizer(student.file("tokenizer"))
+    task = get_task("synth_arithmetic")
+    good = load_items(task.name, "test", None, ITEMS)
+    long = make_item(task.name, "test", "Ann has 2 and gets 3. " * 300 + "How many?", gold="5")
+    unfit = make_item(task.name, "test", "Bob has 2 and gets 3. How many?", gold="5", rationale="2+3=5. " * 800)
+    bad = [make_item(task.name, "test", "a?", gold=None), make_item(task.name, "test", "b?", gold="many")]
+    panel = make_panel(task, "iid", [*good, long, unfit, *bad], ITEMS + 2)
+    monkeypatch.setattr(stage, "load_panels", lambda *_: [panel])
+    sampler, _ = _fake(student)
+    sampler.answers[tuple(render_prompt(tokenizer, build_prompt(task, unfit.question)))] = "The answer is 5."
+    artifact, result = _evaluate(config, student, tmp_path, sampler, monkeypatch)
+    assert (result.rows_in, result.rows_out) == (ITEMS + 4, ITEMS + 1)
+    assert result.dropped == {"bad_gold": 1, "missing_gold": 1, "prompt_too_long": 1}
+    assert {row["reason"] for row in artifact.table("dropped").to_pylist()} == set(result.dropped)
+    assert result.facts["gold_nll_lost"] == {"gold_too_long": 1}
+    assert [row["id"] for row in artifact.table("gold_dropped").to_pylist()] == [unfit.id]
+    note = artifact.json("metrics")["tasks"][task.name]["small_n"]
+    assert note == f"n = {ITEMS + 1}: the test split holds {ITEMS + 2} usable items; dropped: bad_gold 1, missing_gold 1, prompt_too_long 1"
 
 
 def test_cut_replies_count_as_truncated_and_wrong(config, student: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

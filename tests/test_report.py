@@ -240,3 +240,7 @@ def test_small_n_says_why():
     assert small_n_note(120, 120, 0) == "n = 120: the test split holds 120 items"
     assert small_n_note(50, 1000, 50) == "n = 50: limited by evaluate.limit = 50"
     assert small_n_note(190, 230, 0) == "n = 190 of 230 items"
+    assert small_n_note(199, 500, 200, {"prompt_too_long": 1}) == "n = 199: limited by evaluate.limit = 200; dropped: prompt_too_long 1"
+    assert small_n_note(199, 500, 0, {"prompt_too_long": 301}) == "n = 199: dropped: prompt_too_long 301"
+    assert small_n_note(148, 150, 0, {"bad_gold": 9}) == "n = 148: the test split holds 150 usable items; dropped: bad_gold 9"
+    assert small_n_note(200, 500, 200, {"bad_gold": 1}) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from dccot_jax.context import Context
 from dccot_jax.model import decoder
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
-from dccot_jax.select import engine, signals
+from dccot_jax.records import Dropped
+from dccot_jax.select import engine, sampled, signals
 from dccot_jax.select.signals import VIEWS
 from dccot_jax.select.views import Row, bucket_length, bucket_of, chunk_tiles, completion_context, plan_tiles, view_arrays
 from dccot_jax.train.checkpoint import Student
@@ -74,11 +76,21 @@ def tokens_table(rows: Sequence[Row]) -> pa.Table:
 
 @dataclasses.dataclass
 class Fake:
-    """An input artifact that lives in memory."""
+    """An input artifact that lives in memory: rows, or a student. Both know one tokenizer."""
 
     tables: Mapping[str, pa.Table]
     kind: str = "student"
     identity: str = "0" * 64
+    tokenizer: str = "a" * 64
+    path: str = "somewhere"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"tokenizer_hash": self.tokenizer}
+
+    def json(self, name: str) -> Any:
+        assert name == "student"
+        return {"tokenizer": {"hash": self.tokenizer}}
 
     def table(self, name: str) -> pa.Table:
         return self.tables[name]
@@ -103,7 +115,16 @@ def is_shape(x: Any) -> bool:
 def stage(monkeypatch, tmp_path, host):
     """Runs the stage on rows; `stage(rows, params=None, mesh=..., **config)` -> (score table, dropped, result)."""
 
-    def run(rows: Sequence[Row], *, name: str = "score", params: Any = None, devices: int = 1, mesh: Any = None, **changes: Any):
+    def run(
+        rows: Sequence[Row],
+        *,
+        name: str = "score",
+        params: Any = None,
+        devices: int = 1,
+        mesh: Any = None,
+        inputs: Any = None,
+        **changes: Any,
+    ):
         sizes = mesh or {"data": 1, "fsdp": -1, "tensor": 1}
         monkeypatch.setattr(engine, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:devices]))
         monkeypatch.setattr(engine, "load_tokenizer", lambda _: FakeTokenizer())
@@ -117,8 +138,8 @@ def stage(monkeypatch, tmp_path, host):
         settings = {"score.signals": SIGNALS} | {f"score.{key}": value for key, value in changes.items()}
         cfg = config_lib.override(config_lib.default_config(), settings)
         out = ArtifactWriter(tmp_path / name)
-        inputs: dict[str, Any] = {"tokenize": Fake({"tokens": tokens_table(rows)}), "student": Fake({})}
-        result = engine.run(cfg, inputs, out, Context(tmp_path, console=Console(quiet=True)))
+        given: dict[str, Any] = {"tokenize": Fake({"tokens": tokens_table(rows)}), "student": Fake({}), **(inputs or {})}
+        result = engine.run(cfg, given, out, Context(tmp_path, console=Console(quiet=True)))
         found = Artifact(out.path, {})
         return found.table("scores"), found.table("dropped").to_pylist(), result
 
@@ -280,6 +301,28 @@ def test_rows_that_cannot_be_scored_are_dropped_with_a_reason(stage, host):
     assert set(table["id"].to_pylist()) == {r.id for r in rows if r is not rows[2]} | {"full"}
     assert result.rows_in == 9 and result.rows_out == 6 and sum(result.dropped.values()) == 3
     assert np.isfinite(table["nll"].to_numpy()).all()
+
+
+def test_rows_in_are_the_rows_of_the_token_table_also_where_an_answer_is_lost(stage, monkeypatch):
+    """A row lost by student_error is counted once."""
+    rows = make_rows(8)
+    none = Row("none", np.full(12, 9, np.int32), 12)
+
+    def scripted(cfg, student, mesh, traces, out, ctx):
+        return {trace.id: 1.0 for trace in traces[3:]}, [Dropped(trace.id, "missing_gold", "") for trace in traces[:3]], {}
+
+    monkeypatch.setattr(sampled, "student_error", scripted)
+    monkeypatch.setattr(engine, "table_to_traces", lambda _: [SimpleNamespace(id=row.id) for row in [*rows, none]])
+    verify = {"verify": Fake({"traces": pa.table({})})}
+    for name, chosen in (("sampled", ("student_error",)), ("both", ("nll", "student_error"))):
+        table, dropped, result = stage([*rows, none], name=name, signals=chosen, inputs=verify)
+        assert (result.rows_in, result.rows_out, result.dropped) == (9, 5, {"empty_completion": 1, "missing_gold": 3})
+        assert table.num_rows == 5 and len(dropped) == 4
+
+
+def test_a_student_with_another_tokenizer_is_refused(stage):
+    with pytest.raises(ConfigError, match=r"score\.student: somewhere has tokenizer bbbb.*tokenised with aaaa"):
+        stage(make_rows(2), inputs={"student": Fake({}, tokenizer="b" * 64)})
 
 
 def test_unknown_signal_names_the_nearest(stage):

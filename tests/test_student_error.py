@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +15,7 @@ from rich.console import Console
 from dccot_jax import config as config_lib
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.context import Context
+from dccot_jax.generate import greedy
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import make_trace
@@ -49,12 +51,15 @@ class Scripted:
     replies: ClassVar[dict[str, tuple[str, str]]] = {}
     asked: ClassVar[list[str]] = []
     budgets: ClassVar[set[int]] = set()
+    rows: ClassVar[list[int]] = []
     fail_after: int | None = None
 
     def __init__(self, mc, params, mesh, *, compute_dtype, batch_rows, eos_id, pad_id):
         assert (eos_id, pad_id) == ((3, 4), 0)
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[Reply]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, row_ids: Sequence[int], on_batch: Any) -> list[Reply]:
+        assert len(row_ids) == len(prompts) and on_batch is None
+        self.rows.extend(row_ids)
         self.budgets.add(max_new_tokens)
         found = []
         for prompt in prompts:
@@ -69,10 +74,10 @@ class Scripted:
 
 @pytest.fixture
 def ask(monkeypatch, tmp_path):
-    monkeypatch.setattr(sampled, "Sampler", Scripted)
+    monkeypatch.setattr(greedy, "Sampler", Scripted)
     monkeypatch.setattr(sampled, "load_tokenizer", lambda _: Tokens())
     monkeypatch.setattr(sampled, "render_prompt", lambda _, prompt: list(prompt.encode()))
-    Scripted.asked, Scripted.budgets, Scripted.fail_after = [], set(), None
+    Scripted.asked, Scripted.rows, Scripted.budgets, Scripted.fail_after = [], [], set(), None
     student = Student(mc=MC, params={}, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3, 4), pad_id=0, source="test")
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
 
@@ -126,6 +131,7 @@ def test_resume_asks_no_committed_question_again(ask):
     Scripted.replies = {"?": ("The answer is 5.", "stop")}
     rows = [trace(f"question {i}?", str(i)) for i in range(9)]
     whole = ask(rows, "whole")
+    assert Scripted.rows == list(range(9))  # numbered through all chunks
     Scripted.asked, Scripted.fail_after = [], 5
     with pytest.raises(KeyboardInterrupt):
         ask(rows, "torn")

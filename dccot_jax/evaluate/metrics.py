@@ -19,12 +19,15 @@ SMALL_N = 200  # below this an accuracy cell must say why
 Sample = Mapping[str, Any]
 
 
-def task_metrics(samples: Sequence[Sample], *, group: str, available: int, limit: int) -> dict[str, Any]:
+def task_metrics(
+    samples: Sequence[Sample], *, group: str, available: int, limit: int, dropped: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """All metrics of one task.
 
     Args:
       samples: judged rows of the task. group: ``iid``, ``ood`` or ``cross``.
-      available: items in the task's test split. limit: items asked for (0: all), for the note on small n.
+      available: usable items in the task's test split. limit: items asked for (0: all). dropped: items lost per reason; both
+        for the note on small n.
     Returns JSON-able values; what cannot be told is None. `accuracy_*_interval` is Wilson's 95 % interval,
     `accuracy_*_stderr` the sample standard error (None for n < 2), `gold_nll` in nats per token.
     """
@@ -43,7 +46,7 @@ def task_metrics(samples: Sequence[Sample], *, group: str, available: int, limit
         "reasons": dict(sorted(Counter(row["reason"] for row in samples).items())),
         "by_steps": by_steps(samples),
         "gold_nll": gold_nll_mean(samples),
-        "small_n": small_n_note(n, available, limit),
+        "small_n": small_n_note(n, available, limit, dropped),
     }
     rate = found["no_answer_rate"]
     found["format_failure"] = rate is not None and rate > FORMAT_FAILURE_RATE
@@ -68,13 +71,18 @@ def gold_nll_mean(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {"mean": found[0], "stderr": found[1], "items": len(rows), "tokens": int(sum(row["gold_nll_tokens"] for row in rows))}
 
 
-def small_n_note(n: int, available: int, limit: int) -> str | None:
-    """Why a cell has fewer than 200 items, or None."""
+def small_n_note(n: int, available: int, limit: int, dropped: Mapping[str, int] | None = None) -> str | None:
+    """Why a cell has fewer than 200 items, or None: a small split, a limit, and what was dropped, as far as each applies."""
     if n >= SMALL_N:
         return None
+    why = []
     if available < SMALL_N:
-        return f"n = {n}: the test split holds {available} items"
-    return f"n = {n}: limited by evaluate.limit = {limit}" if 0 < limit < SMALL_N else f"n = {n} of {available} items"
+        why.append(f"the test split holds {available} {'usable ' if dropped else ''}items")
+    if 0 < limit < available and (limit < SMALL_N or dropped):
+        why.append(f"limited by evaluate.limit = {limit}")
+    if dropped:
+        why.append("dropped: " + ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())))
+    return f"n = {n}: {'; '.join(why)}" if why else f"n = {n} of {available} items"
 
 
 def _accuracy(samples: Sequence[Sample], mode: str) -> dict[str, Any]:

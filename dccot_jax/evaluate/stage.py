@@ -1,9 +1,9 @@
 """Stage `evaluate`: ask a student every item of every evaluation task, judge the replies, measure gold rationales.
 
 Files: ``samples.jsonl`` (one row per item: prompt, reply, verdicts; lm-eval's names beside ours; `completion_tokens`
-counts the stop token), ``metrics.json`` (see `metrics.task_metrics`) and ``dropped.parquet`` (items that could not be
-asked, or whose gold rationale could not be measured). Replies are committed in chunks of `CHUNK_ROWS`, so a kill loses at
-most one chunk.
+counts the stop token), ``metrics.json`` (see `metrics.task_metrics`), ``dropped.parquet`` (items that could not be asked)
+and ``gold_dropped.parquet`` (items that were asked and whose gold rationale could not be measured). Replies are committed
+in chunks of `CHUNK_ROWS`, so a kill loses at most one chunk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, json_hash
+from dccot_jax.chunks import committed, read_committed
 from dccot_jax.context import Context, Meter
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.evaluate import gold_nll
 from dccot_jax.evaluate.metrics import task_metrics
 from dccot_jax.evaluate.protocol import GROUPS, Panel, Question, describe, load_panels, make_questions
-from dccot_jax.generate.sampler import Generated, Sampler
+from dccot_jax.generate.greedy import greedy, make_sampler
+from dccot_jax.generate.sampler import Generated
 from dccot_jax.model.sharding import make_mesh
-from dccot_jax.records import Dropped, content_hash
+from dccot_jax.records import Dropped, content_hash, count_reasons, dropped_to_table
 from dccot_jax.tasks.answers import judge
 from dccot_jax.train.checkpoint import Student, load_student
 
@@ -37,6 +40,10 @@ GOLD_CHUNK_TILES = 8
 
 def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
     """Evaluate the student in `inputs` (role ``train`` if there, else ``student``) under protocol `sound`.
+
+    Rows in are the items asked for: those chosen under the limit, and those of the split that no student can be asked
+    (no readable gold answer, or a repeat). Rows in less rows out are the drops. An item without a gold NLL is still evaluated;
+    those are counted in the fact `gold_nll_lost`.
 
     Raises TaskDataError or UnknownTaskError if a task cannot be had, ConfigError if a task is listed twice.
     """
@@ -52,25 +59,25 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     samples = _answer_all(cfg, student, mesh, tokenizer, questions, out, ctx)
     if cfg.evaluate.gold_nll:
         nats, lost = _gold_all(cfg, student, mesh, tokenizer, questions, out, ctx)
-        dropped += lost
     else:
-        nats = {}
+        nats, lost = {}, []
     if not ctx.is_main:
         return StageResult("")
 
     for index, row in enumerate(samples):
         row["gold_nll_nats"], row["gold_nll_tokens"] = nats.get(index, (None, None))
+    lost_items = {panel.task.name: _lost(panel, dropped) for panel in panels}
     dropped = [*(row for panel in panels for row in panel.dropped), *dropped]
     rows = _in_order(samples, panels)
     tasks = {
-        panel.task.name: task_metrics(rows[panel.task.name], group=panel.group, available=panel.available, limit=panel.limit)
+        name: task_metrics(rows[name], group=panel.group, available=panel.available, limit=panel.limit, dropped=lost_items[name])
         | {
             "answer_type": panel.task.answer_type,
             "prompt_suffix": panel.task.prompt_suffix,
             "split": "test",
             "task_hash": panel.task_hash,
         }
-        for panel in panels
+        for name, panel in ((panel.task.name, panel) for panel in panels)
     }
     flat = [row for panel in panels for row in rows[panel.task.name]]
     out.write_text("samples.jsonl", "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in flat))
@@ -84,17 +91,19 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
         },
     )
     counts = out.write_dropped(dropped)
+    out.write_table("gold_dropped", dropped_to_table(lost))
     out.drop_chunks()
     for name, metrics in tasks.items():
         ctx.log(f"  {name}: {_line(metrics)}")
     return StageResult(
         json_hash([outcome(row) for row in sorted(flat, key=lambda row: (row["task"], row["item_id"]))]),
-        rows_in=sum(panel.available for panel in panels),
+        rows_in=sum(len(panel.items) + len(panel.dropped) for panel in panels),
         rows_out=len(flat),
         dropped=counts,
         facts={
             "accuracy": {name: metrics["accuracy_flexible"] for name, metrics in tasks.items()},
             "completion_tokens": sum(row["completion_tokens"] for row in flat),
+            "gold_nll_lost": count_reasons(lost),
         },
         device_seconds=round(time.monotonic() - started, 3),
     )
@@ -108,19 +117,6 @@ def outcome(row: Mapping[str, Any]) -> list[Any]:
 
 
 # --- replies ------------------------------------------------------------------------------------------------------------
-
-
-def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh) -> Sampler:
-    """The sampler every evaluation uses."""
-    return Sampler(
-        student.mc,
-        student.params,
-        mesh,
-        compute_dtype=cfg.compute_dtype,
-        batch_rows=cfg.evaluate.batch_rows,
-        eos_id=student.stop_ids,
-        pad_id=student.pad_id,
-    )
 
 
 def _answer_all(
@@ -142,7 +138,7 @@ def _answer_all(
             meter.advance(len(finished), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
 
         prompts = [list(question.prompt_ids) for question in asked]
-        replies = sampler().generate(prompts, cfg.evaluate.max_new_tokens, on_batch=advance)
+        replies = greedy(sampler(), prompts, cfg.evaluate.max_new_tokens, row_ids=rows, on_batch=advance)
         if not ctx.is_main:
             return []
         return [
@@ -235,7 +231,7 @@ def _chunked(
     unit: str = "items",
 ) -> list[dict[str, Any]]:
     """Results of `work` over chunks, in order: committed chunks are read back, the others made and committed by process 0."""
-    done = _committed(out, ctx, series, len(chunks))
+    done = committed(out, ctx, [series], len(chunks))
     with ctx.progress(label, sum(len(chunk) for chunk in chunks), unit) as meter:
         for index, chunk in enumerate(chunks):
             if done[index]:
@@ -249,23 +245,14 @@ def _chunked(
         return []
     rows: list[dict[str, Any]] = []
     for index in range(len(chunks)):
-        table = out.read_chunk(series, index)
-        if table is None:
-            raise RuntimeError(f"chunk {series} {index} was committed and cannot be read back")
-        rows += [json.loads(text) for text in table.column("row").to_pylist()]
+        rows += [json.loads(text) for text in read_committed(out, series, index).column("row").to_pylist()]
     return rows
 
 
-def _committed(out: ArtifactWriter, ctx: Context, series: str, count: int) -> list[bool]:
-    """Which chunks are there, as process 0 sees it; every process gets the same answer."""
-    found = np.zeros(count, bool)
-    if ctx.is_main:
-        found = np.array([out.read_chunk(series, index) is not None for index in range(count)], bool)
-    if ctx.process_count > 1:
-        from jax.experimental import multihost_utils
-
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
-    return [bool(x) for x in found]
+def _lost(panel: Panel, dropped: Sequence[Dropped]) -> dict[str, int]:
+    """Drops of one task per reason: items of its split that cannot be asked, and chosen items that were not."""
+    chosen = {item.id for item in panel.items}
+    return dict(sorted(Counter(row.reason for row in (*panel.dropped, *(row for row in dropped if row.id in chosen))).items()))
 
 
 def _in_order(samples: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> dict[str, list[dict[str, Any]]]:

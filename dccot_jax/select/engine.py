@@ -21,14 +21,15 @@ import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dccot_jax.artifact import Artifact, ArtifactError, ArtifactWriter, StageResult, table_hash
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
+from dccot_jax.chunks import committed, drop_other_layouts, read_committed
+from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_mesh, reshard
 from dccot_jax.records import content_hash, table_to_traces
-from dccot_jax.select.chunks import committed, drop_other_layouts
 from dccot_jax.select.signals import Signal, required_stats, split_signals
 from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows
 from dccot_jax.select.views import (
@@ -53,14 +54,16 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     sampled signals, samples.jsonl. A row with a non-finite signal, no completion or more tokens than the model has
     positions is dropped with a reason; no score is ever a default.
 
-    Raises ConfigError on an unknown signal.
+    Raises ConfigError on an unknown signal, or a student with another tokenizer than the rows were made with.
     """
     forward, sampled_names = split_signals(cfg.score.signals)
     mesh = make_mesh(cfg.mesh)
     source = inputs.get("train") or inputs["student"]
+    check_tokenizer(source, inputs["tokenize"])
     student = load_student(source, mesh)
     started = time.monotonic()
-    rows, dropped = usable_rows(read_rows(inputs["tokenize"].table("tokens")), student.mc.max_positions)
+    tokens = inputs["tokenize"].table("tokens")
+    rows, dropped = usable_rows(read_rows(tokens), student.mc.max_positions)
     columns, facts = {}, {}
     if forward and rows:
         columns, facts = _score_forward(cfg, student, mesh, rows, forward, out, ctx)
@@ -82,12 +85,22 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     facts |= {"student": {"kind": source.kind, "identity": source.identity}, "signals": sorted(columns)}
     return StageResult(
         table_hash(table),
-        rows_in=len(rows) + len(dropped),
+        rows_in=tokens.num_rows,
         rows_out=table.num_rows,
         dropped=counts,
         facts=facts,
         device_seconds=round(time.monotonic() - started, 3),
     )
+
+
+def check_tokenizer(student: Artifact, tokens: Artifact) -> None:
+    """Raises ConfigError unless the student reads tokens as the rows were written: other ids would be scored as noise."""
+    mine, rows = student.json("student")["tokenizer"]["hash"], tokens.facts["tokenizer_hash"]
+    if mine != rows:
+        raise ConfigError(
+            f"config.score.student: {student.path} has tokenizer {mine[:16]}, the rows were tokenised with {rows[:16]};"
+            " score with a student that has the same tokenizer"
+        )
 
 
 # --- the program --------------------------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ def _score_forward(
     if ctx.is_main:
         for part in series:
             for index in range(len(chunks)):
-                _merge(columns, out.read_chunk(part, index), f"{part} {index}")
+                _merge(columns, read_committed(out, part, index))
     lengths = {"conditional": [len(r.input_ids) for r in rows], "unconditional": [len(context) + r.completion_tokens for r in rows]}
     real = sum(sum(lengths[view]) for view in views)
     padded = sum(tile.slots * (tile.bucket.length if view == "conditional" else tile.bucket.scored) for tile in tiles for view in views)
@@ -260,9 +273,7 @@ def _chunk_table(rows: Sequence[Row], names: Sequence[str], parts: Sequence[tupl
     return pa.table({"id": pa.array([rows[i].id for i in order], pa.string()), **columns})
 
 
-def _merge(columns: dict[str, dict[str, float]], chunk: pa.Table | None, name: str) -> None:
-    if chunk is None:
-        raise ArtifactError(f"chunk {name}: committed and cannot be read back")
+def _merge(columns: dict[str, dict[str, float]], chunk: pa.Table) -> None:
     ids = chunk["id"].to_pylist()
     for signal, column in columns.items():
         column.update(zip(ids, chunk[signal].to_pylist()))

@@ -18,13 +18,13 @@ import pyarrow as pa
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dccot_jax.artifact import ArtifactError, ArtifactWriter
+from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.chunks import committed, drop_other_layouts, read_committed
 from dccot_jax.context import Context
 from dccot_jax.data.template import render_prompt
 from dccot_jax.data.tokenizer import load_tokenizer
-from dccot_jax.generate.sampler import Sampler
+from dccot_jax.generate.greedy import greedy, make_sampler
 from dccot_jax.records import Dropped, Trace, content_hash
-from dccot_jax.select.chunks import committed, drop_other_layouts
 from dccot_jax.tasks.answers import judge
 from dccot_jax.tasks.registry import build_prompt, get_task
 from dccot_jax.train.checkpoint import Student
@@ -103,7 +103,8 @@ def student_error(
             if done[index]:
                 meter.skip(len(chunk))
                 continue
-            replies = sampler().generate([prompt for _, prompt in chunk], cfg.evaluate.max_new_tokens)
+            numbers = range(index * size, index * size + len(chunk))
+            replies = greedy(sampler(), [prompt for _, prompt in chunk], cfg.evaluate.max_new_tokens, row_ids=numbers)
             if ctx.is_main:
                 limit = cfg.verify.time_limit_seconds
                 samples = [make_sample(q, tokenizer, r.tokens, r.finish_reason, time_limit=limit) for (q, _), r in zip(chunk, replies)]
@@ -130,19 +131,6 @@ def student_error(
         "sample_reasons": dict(sorted(Counter(sample["reason"] for sample in samples).items())),
     }
     return column, [*dropped, *too_long, *bad], facts
-
-
-def make_sampler(cfg: ConfigDict, student: Student, mesh: Mesh) -> Sampler:
-    """The sampler with evaluation's settings."""
-    return Sampler(
-        student.mc,
-        student.params,
-        mesh,
-        compute_dtype=cfg.compute_dtype,
-        batch_rows=cfg.evaluate.batch_rows,
-        eos_id=student.stop_ids,
-        pad_id=student.pad_id,
-    )
 
 
 def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finish_reason: str, *, time_limit: float) -> dict[str, Any]:
@@ -185,7 +173,4 @@ def _line(sample: Mapping[str, Any]) -> str:
 
 
 def _read(out: ArtifactWriter, series: str, index: int) -> list[dict[str, Any]]:
-    table = out.read_chunk(series, index)
-    if table is None:
-        raise ArtifactError(f"{out.chunk_path(series, index)}: committed and cannot be read back")
-    return [json.loads(text) for text in table["sample"].to_pylist()]
+    return [json.loads(text) for text in read_committed(out, series, index)["sample"].to_pylist()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
-from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.artifact import ArtifactError, ArtifactWriter
 from dccot_jax.context import Context
 
 
@@ -20,6 +21,14 @@ def committed(out: ArtifactWriter, ctx: Context, series: Sequence[str], count: i
 
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     return [bool(x) for x in found]
+
+
+def read_committed(out: ArtifactWriter, series: str, index: int) -> pa.Table:
+    """A chunk that `committed` has seen or this run has written. Raises ArtifactError if it does not read."""
+    table = out.read_chunk(series, index)
+    if table is None:
+        raise ArtifactError(f"{out.chunk_path(series, index)}: committed and cannot be read back")
+    return table
 
 
 def drop_other_layouts(out: ArtifactWriter, ctx: Context, prefix: str, layout: str) -> int:
