@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from plan_cases import config, fake
@@ -14,6 +16,9 @@ from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data import student, template, tokenize, tokenizer
+from dccot_jax.model import hf
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import weight_shapes
 from dccot_jax.records import make_trace, traces_to_table
 from dccot_jax.tasks.registry import build_prompt, get_task
 
@@ -97,6 +102,24 @@ def test_pretrained_student_is_known_by_its_files(embedded, tmp_path):
     assert about["weights"]["path"] == str(first.resolve()) and about["model"]["hidden_size"] == 16
     (second / "model.safetensors").write_bytes(b"other weights")
     assert stage("b")[0].logical_hash != one.logical_hash
+
+
+def test_a_pretrained_student_keeps_every_file_and_stop_token(embedded, tmp_path):
+    path = hf_directory(tmp_path / "hf", embedded)
+    extra = {"vocab.txt": "a", "chat_template.json": json.dumps({"chat_template": tokenizer.CHAT_TEMPLATE})}
+    extra["generation_config.json"] = json.dumps({"eos_token_id": [1, 7]})
+    for name, text in extra.items():
+        (path / name).write_text(text)
+    out = ArtifactWriter(tmp_path / "out")
+    student.run(config(student__path=str(path)), {}, out, Context(tmp_path))
+    record = json.loads(out.file("student.json").read_text())
+    assert record["model"]["eos_token_ids"] == [1, 7]  # as generation_config.json lists them
+    mc = ModelConfig.from_dict(record["model"])
+    params = jax.tree.map(lambda shape: jnp.zeros(shape), weight_shapes(mc), is_leaf=lambda x: isinstance(x, tuple))
+    hf.save_hf(params, mc, out.file("tokenizer"), tmp_path / "export")
+    for name, text in extra.items():
+        assert (tmp_path / "export" / name).read_text() == text
+    assert hf.read_config(tmp_path / "export") == mc
 
 
 def test_student_errors_name_the_field(embedded, tmp_path):

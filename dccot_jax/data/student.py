@@ -7,18 +7,18 @@ seed. Files: ``student.json`` and ``tokenizer/``.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, file_hash, json_hash
+from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, file_hash, json_hash, write_atomic
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data.template import check_template, stop_ids
 from dccot_jax.data.tokenizer import copy_tokenizer, embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
+from dccot_jax.model.hf_files import GENERATION_CONFIG
 from dccot_jax.records import content_hash, derive_seed
 
 EMBEDDED = "embedded"
@@ -29,13 +29,19 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     del inputs
     if not ctx.is_main:
         return StageResult("")
-    from dccot_jax.model.config import from_config, from_hf
+    from dccot_jax.model.config import ModelError, from_config
+    from dccot_jax.model.hf import read_config
 
     tokenizer_dir = out.file("tokenizer")
     if cfg.student.path:
         source = Path(cfg.student.path).expanduser()
-        model = from_hf(_hf_config(source))
+        try:
+            model = read_config(source)
+        except ModelError as error:
+            raise ConfigError(f"config.student.path: {error}") from None
         copy_tokenizer(source, tokenizer_dir)
+        if (source / GENERATION_CONFIG).exists():
+            write_atomic(tokenizer_dir / GENERATION_CONFIG, (source / GENERATION_CONFIG).read_bytes())
         weights: dict[str, Any] = {"kind": "hf", "path": str(source.resolve()), "hash": weights_hash(source)}
     else:
         if cfg.student.tokenizer == EMBEDDED:
@@ -74,12 +80,3 @@ def weights_hash(directory: Path) -> str:
     if not files:
         raise ConfigError(f"config.student.path: no *.safetensors in {directory}")
     return content_hash("weights/1", {path.name: file_hash(path) for path in files}, digits=64)
-
-
-def _hf_config(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config.student.path: no config.json in {directory}; give a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ConfigError(f"config.student.path: {directory / 'config.json'} is not JSON ({error})") from None

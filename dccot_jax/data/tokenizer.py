@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from dccot_jax.artifact import write_atomic
+from dccot_jax.model.hf_files import TOKENIZER_FILES
 from dccot_jax.records import InputError, canonical_json, content_hash
 
 if TYPE_CHECKING:
@@ -27,19 +28,6 @@ SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT, SYSTEM)  # ids 0..4; END closes a t
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-# Everything a tokenizer directory may hold; copied as is, so that an export is byte for byte what the student learned with.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
 )
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 

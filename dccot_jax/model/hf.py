@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.config import ModelConfig, ModelError, from_hf, to_hf
 from dccot_jax.model.decoder import Params
+from dccot_jax.model.hf_files import GENERATION_CONFIG, TOKENIZER_FILES
 from dccot_jax.model.safetensors_io import INDEX, SINGLE, TensorReader, write_safetensors
 from dccot_jax.model.sharding import param_shardings, weight_shapes
 
@@ -46,29 +47,18 @@ LAYER: Mapping[str, tuple[str, bool]] = {
     "w_down": ("mlp.down_proj.weight", True),
 }
 EXPORT_DTYPES: Mapping[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-)
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory. Raises ModelError: no config.json, or one we cannot represent."""
+    """The ModelConfig of a Hugging Face directory. Raises ModelError: no config.json, one that does not read, or cannot be represented."""
     file = Path(path) / "config.json"
     if not file.exists():
-        raise ModelError(f"{path}: no config.json; not a Hugging Face model directory")
-    fields = json.loads(file.read_text())
-    generation = Path(path) / "generation_config.json"
+        raise ModelError(f"no config.json in {path}; not a Hugging Face model directory")
+    fields = _read_json(file)
+    generation = Path(path) / GENERATION_CONFIG
     if generation.exists():
         # Where the two differ, generation_config.json lists every token that ends an answer.
-        eos = json.loads(generation.read_text()).get("eos_token_id")
+        eos = _read_json(generation).get("eos_token_id")
         fields = {**fields, "eos_token_id": fields.get("eos_token_id") if eos is None else eos}
     return from_hf(fields)
 
@@ -142,7 +132,7 @@ def save_hf(
     if len(groups) > 1:
         weight_map = {name: file for file, group in zip(files, groups) for name, _, _ in group}
         _write_json(out / INDEX, {"metadata": {"total_size": mc.num_params() * EXPORT_DTYPES[dtype].itemsize}, "weight_map": weight_map})
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
             shutil.copyfile(Path(tokenizer_dir) / name, out / name)
     _write_json(out / "config.json", to_hf(mc, dtype))
@@ -252,6 +242,13 @@ def _pick_local(leaf: jax.Array, layer: int) -> np.ndarray:
         if shard.replica_id == 0:
             out[shard.index[1:]] = np.asarray(shard.data[layer])
     return out
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from None
 
 
 def _write_json(path: Path, value: Any) -> None:
