@@ -231,3 +231,14 @@ def test_groups_are_scored_by_their_forward_part_and_dropped_whole():
     assert {d.id for d in dropped} == {t.id for t in wrong}
     with pytest.raises(ValueError, match="do not belong together"):
         make_candidates(rows[1:], tokens, scores, ["nll"])
+
+
+def test_streams_draw_independently_and_the_default_one_is_nested():
+    candidates = [Candidate(f"g{i}", (f"g{i}",), 10, True, "", {}) for i in range(400)]
+    plain, small = (ids(select(candidates, {"name": "random", "rows": rows})[0]) for rows in (100, 50))
+    assert small < plain == ids(select(candidates, {"name": "random", "rows": 100, "stream": ""})[0])
+    other = ids(select(candidates, {"name": "random", "rows": 100, "stream": "warmup"})[0])
+    assert other == ids(select(candidates[::-1], {"name": "random", "rows": 100, "stream": "warmup"})[0])
+    assert 5 <= len(plain & other) <= 50  # 25 expected, standard deviation 3.8
+    with pytest.raises(ConfigError, match=r"stream: 3 must be a string"):
+        check_steps([{"name": "random", "rows": 1, "stream": 3}])

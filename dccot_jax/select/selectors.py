@@ -9,7 +9,7 @@ A step of `config.select.steps` is a dict {"name": ..., options}; steps apply in
   middle            `signal`, budget: nearest to the middle rank first
   threshold         `signal`, `min` and/or `max`, inclusive
   random            budget, or `match`: {another step}: as many as that step would keep of the same candidates
-                    (`by`: "rows" (default) or "tokens")
+                    (`by`: "rows" (default) or "tokens"); `stream`: a name, another one draws independently
 
 Budget: exactly one of `rows` (traces), `tokens` (completion tokens of the student's tokenizer) or `share` (of the rows
 that enter the step, rounded down). Candidates are taken in rank order until the next one would exceed the budget, so a
@@ -194,8 +194,12 @@ def _middle(candidates: Sequence[Candidate], step: Step, seed: int) -> Selected:
 
 
 def _random(candidates: Sequence[Candidate], step: Step, seed: int) -> Selected:
-    """Order by a seeded hash of the group id: smaller samples are subsets of larger ones, whatever else is in the pool."""
-    ordered = sorted(candidates, key=lambda c: (derive_seed(seed, "select/random", c.group_id), c.group_id))
+    """Order by a seeded hash of the group id: smaller samples are subsets of larger ones, whatever else is in the pool.
+
+    Two samples of one seed and `stream` overlap as much as they can; samples of different streams overlap by chance.
+    """
+    names = ("select/random", *filter(None, [step.get("stream", "")]))
+    ordered = sorted(candidates, key=lambda c: (derive_seed(seed, *names, c.group_id), c.group_id))
     if "match" in step:
         kept, _ = _SELECTORS[step["match"]["name"]].run(candidates, step["match"], seed)
         by = step.get("by", "rows")
@@ -296,12 +300,8 @@ _SELECTORS: dict[str, _Selector] = {
     "top": _Selector(_top, ("signal", *_BUDGETS), ranked=True),
     "bottom": _Selector(_bottom, ("signal", *_BUDGETS), ranked=True),
     "middle": _Selector(_middle, ("signal", *_BUDGETS), ranked=True),
-    "random": _Selector(_random, (*_BUDGETS, "match", "by"), ranked=True),
+    "random": _Selector(_random, (*_BUDGETS, "match", "by", "stream"), ranked=True),
 }
-
-
-def selector_names() -> tuple[str, ...]:
-    return tuple(_SELECTORS)
 
 
 def _check_step(step: Any, where: str, available: Sequence[str] | None) -> None:
@@ -323,6 +323,8 @@ def _check_step(step: Any, where: str, available: Sequence[str] | None) -> None:
         bounds = [step[key] for key in ("min", "max") if step.get(key) is not None]
         if not bounds or not all(_is_number(bound) and math.isfinite(bound) for bound in bounds):
             raise ConfigError(f"{where}: threshold needs a finite number as 'min', 'max' or both")
+    if not isinstance(step.get("stream", ""), str):
+        raise ConfigError(f"{where}.stream: {step['stream']!r} must be a string, e.g. 'control'")
     if selector.ranked:
         _check_budget(step, where, available)
 
