@@ -277,9 +277,25 @@ def validate(config: ConfigDict) -> None:
         "tokens.max_length",
         "score.chunk_rows",
         "evaluate.max_new_tokens",
+        "evaluate.batch_rows",
+        "train.log_every",
+        "train.checkpoint_every",
+        "traces.samples",
+        "score.warmup.steps",
     ):
         if lookup(config, key) < 1:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
+    for key in ("evaluate.limit", "traces.questions", "mix.total_examples", "mix.total_tokens"):
+        if lookup(config, key) < 0:
+            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0 (0: all)")
+    if not 0.0 < config.score.warmup.share <= 1.0:
+        raise ConfigError(f"config.score.warmup.share: {config.score.warmup.share} must lie in (0, 1]")
+    if config.mix.kind == "teacher" and not config.mix.strong:
+        raise ConfigError("config.mix.strong: empty; mix.kind = 'teacher' needs the names of the strong teachers, e.g. ('gpt-4o',)")
+    if config.mix.total_examples and config.mix.total_tokens:
+        raise ConfigError(
+            f"config.mix.total_tokens: {config.mix.total_tokens} beside mix.total_examples = {config.mix.total_examples}; give one of them"
+        )
     if config.train.rows_per_step % config.train.microbatches:
         raise ConfigError(
             f"config.train.microbatches: {config.train.microbatches} does not divide train.rows_per_step = {config.train.rows_per_step}"

@@ -159,7 +159,7 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
             short = config_lib.override(
                 config,
                 {
-                    "select.steps": ({"name": "random", "share": config.score.warmup.share},),
+                    "select.steps": ({"name": "random", "share": config.score.warmup.share, "stream": "warmup"},),
                     "mix.kind": "none",
                     "mix.total_examples": 0,
                     "mix.total_tokens": 0,

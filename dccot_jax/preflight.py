@@ -1,15 +1,21 @@
-"""Checks of a whole config before any work: names of tasks, teachers, signals and selectors, and files that must be there."""
+"""Checks of a whole config before any work: names, files that must be there, and sizes that must fit."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
+from dccot_jax.artifact import MANIFEST, ArtifactError, open_artifact
 from dccot_jax.config import ConfigError
+from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
+from dccot_jax.model.config import ModelError, from_config
+from dccot_jax.model.sharding import MeshError, mesh_shape
 from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
@@ -19,27 +25,34 @@ from dccot_jax.teachers.replay import replay_spec
 _KNOWN_DIFFICULTIES = ("n_steps", "completion_tokens", "question_tokens")
 
 
-def check(config: ConfigDict) -> None:
-    """Validate a config and everything it names, arm by arm.
+def check(config: ConfigDict, *, devices: bool = True) -> None:
+    """Validate a config and everything it names, arm by arm. `devices`: also that the mesh fits the devices of this run.
 
     Raises ConfigError at the first field that cannot work, with the value and what would be accepted.
     """
     config_lib.validate(config)
-    for name, arm in config_lib.arms(config).items():
+    count = _device_count() if devices else None
+    arms = config_lib.arms(config)
+    for name, arm in arms.items():
         try:
-            _check_arm(arm)
+            _check_arm(arm, count)
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}" if config.arms else str(error)) from None
+    _check_compare(config, list(arms))
 
 
-def _check_arm(config: ConfigDict) -> None:
-    for key in ("traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"):
-        value = config_lib.lookup(config, key)
-        for task in (value,) if isinstance(value, str) else value:
-            try:
-                get_task(task)
-            except UnknownTaskError as error:
-                raise ConfigError(f"config.{key}: {error}") from None
+def _device_count() -> int:
+    import jax
+
+    return jax.device_count()
+
+
+def _check_arm(config: ConfigDict, devices: int | None) -> None:
+    _check_tasks(config)
+    try:
+        mesh_shape(config_lib.to_plain(config.mesh), devices)
+    except MeshError as error:
+        raise ConfigError(f"config.{error}") from None
     _check_teachers(config)
     split_signals(config.score.signals)
     check_steps(config.select.steps, config.score.signals)
@@ -53,10 +66,91 @@ def _check_arm(config: ConfigDict) -> None:
             make_pacing(config.curriculum)
         except PlanError as error:
             raise ConfigError(str(error)) from None
+    _check_student(config)
+    _check_scorer(str(config.score.student))
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    """Every task is known and has the split it is used for; limits are of evaluated tasks."""
+    for key, split in (("traces.task", "train"), ("evaluate.iid", SPLIT), ("evaluate.ood", SPLIT), ("evaluate.cross", SPLIT)):
+        value = config_lib.lookup(config, key)
+        for name in (value,) if isinstance(value, str) else value:
+            try:
+                task = get_task(name)
+            except UnknownTaskError as error:
+                raise ConfigError(f"config.{key}: {error}") from None
+            if split not in task.splits:
+                raise ConfigError(f"config.{key}: task {name!r} has no {split} split, only {', '.join(task.splits)}")
+    names = [name for members in evaluation_groups(config).values() for name in members]
+    for name, limit in dict(config.evaluate.limits).items():
+        if name not in names:
+            raise ConfigError(f"config.evaluate.limits: {name!r} is not evaluated; evaluated are {', '.join(names)}{_nearest(name, names)}")
+        if not isinstance(limit, int) or limit < 0:
+            raise ConfigError(f"config.evaluate.limits: {name!r}: {limit!r} must be a whole number of at least 0 (0: all)")
+
+
+def _check_student(config: ConfigDict) -> None:
+    """Its files are there, its model can be built, and rows and replies fit its positions."""
     for key in ("path", "tokenizer"):
         folder = config.student[key]
         if folder and folder != "embedded" and not (Path(folder).expanduser() / "tokenizer.json").exists():
             raise ConfigError(f"config.student.{key}: {folder!r} is not a Hugging Face directory (no tokenizer.json there)")
+    where = "path" if config.student.path else "model"
+    try:
+        if config.student.path:
+            from dccot_jax.model.hf import read_config
+
+            model = read_config(Path(config.student.path).expanduser())
+        else:
+            model = from_config(config.student.model, vocab_size=1)  # the tokenizer will say how many
+    except ModelError as error:
+        raise ConfigError(f"config.student.{where}: {error}") from None
+    limit = model.max_positions
+    source = "student.model.max_positions" if where == "model" else "the positions of student.path"
+    if config.train.row_tokens > limit:
+        raise ConfigError(f"config.train.row_tokens: {config.train.row_tokens} exceeds {source} = {limit}; at most {limit} fit")
+    if config.evaluate.max_new_tokens >= limit:
+        raise ConfigError(
+            f"config.evaluate.max_new_tokens: {config.evaluate.max_new_tokens} leaves no room for a prompt in {source} = {limit};"
+            f" less than {limit} is needed"
+        )
+
+
+def _check_scorer(student: str) -> None:
+    """`score.student`: base, warmup, or the directory of a finished train (or student) artifact."""
+    if student in ("base", "warmup"):
+        return
+    where, folder = f"config.score.student: {student!r}", Path(student).expanduser()
+    if not folder.exists():
+        hint = _nearest(student, ("base", "warmup"))
+        raise ConfigError(f"{where} is not one of base, warmup, nor a path that exists{hint}")
+    if (folder / MANIFEST).exists():
+        try:
+            kind = open_artifact(folder).kind
+        except ArtifactError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if kind.split(":")[0] not in ("train", "student"):
+            raise ConfigError(f"{where} is an artifact of stage {kind}; a train or student artifact is needed")
+    elif (folder / "config.json").exists():
+        raise ConfigError(f"{where} is a Hugging Face directory; score.student takes a train artifact, for Hugging Face use student.path")
+    else:
+        raise ConfigError(f"{where} holds no {MANIFEST}; give base, warmup or the directory of a train artifact")
+
+
+def _check_compare(config: ConfigDict, arms: list[str]) -> None:
+    known = [*arms, "base"] if config.evaluate.base else arms
+    for place, pair in enumerate(config.report.compare):
+        where = f"config.report.compare[{place}]"
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ConfigError(f"{where}: {pair!r} is not a pair of arm names")
+        for name in pair:
+            if name not in known:
+                raise ConfigError(f"{where}: {name!r} is no arm; arms are {', '.join(known)}{_nearest(str(name), known)}")
+
+
+def _nearest(name: str, accepted: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, accepted, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _check_teachers(config: ConfigDict) -> None:

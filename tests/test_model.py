@@ -15,6 +15,7 @@ from dccot_jax.model.decoder import forward, init_params
 from dccot_jax.model.head import logits, token_stats, weighted_nll
 from dccot_jax.model.linear import contract, linear
 from dccot_jax.model.sharding import batch_spec, make_mesh, param_shardings, param_specs, weight_shapes
+from dccot_jax.records import InputError
 
 TIED = ModelConfig("llama", 96, 36, 48, 2, 6, 2, 8, rope_theta=50000.0, max_positions=512)  # N*H = 48 is not D
 UNTIED = ModelConfig(
@@ -155,7 +156,7 @@ def test_make_mesh_rejects_what_cannot_be():
         ({"data": 3, "fsdp": -1}, "cannot be split"),
         ({"data": 2}, "needs 2 devices, 8 are there"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             make_mesh(sizes)
 
 

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.records import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes over which rows of a batch are spread
@@ -41,6 +42,10 @@ WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
+class MeshError(InputError):
+    """Mesh sizes that cannot be, or that do not fit the devices."""
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with Explicit axes (data, fsdp, tensor).
 
@@ -49,26 +54,37 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       devices: defaults to all devices of all processes.
 
     Raises:
-      ValueError: an unknown axis, two axes of -1, or sizes that do not multiply to the number of devices.
+      MeshError: an unknown axis, two axes of -1, or sizes that do not multiply to the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    unknown = sorted(set(sizes) - set(AXES))
-    if unknown:
-        raise ValueError(f"mesh: unknown axis {', '.join(unknown)}; the axes are {', '.join(AXES)}")
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
-    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise ValueError(f"mesh: sizes {dict(sizes)} must be at least 1, and at most one may be -1")
-    if -1 in shape:
-        rest = math.prod(size for size in shape if size != -1)
-        if len(found) % rest:
-            raise ValueError(f"mesh: {len(found)} devices cannot be split by {dict(sizes)}")
-        shape[shape.index(-1)] = len(found) // rest
-    if math.prod(shape) != len(found):
-        raise ValueError(f"mesh: {dict(sizes)} needs {math.prod(shape)} devices, {len(found)} are there")
+    shape = mesh_shape(sizes, len(found))
     kinds = (AxisType.Explicit,) * len(AXES)
     if devices is None:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds)
+        return jax.make_mesh(shape, AXES, axis_types=kinds)
     return Mesh(np.array(found).reshape(shape), AXES, axis_types=kinds)
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int | None = None) -> tuple[int, ...]:
+    """Devices per axis, in the order of AXES; with `devices` None only what holds for any number of devices is checked.
+
+    Raises MeshError as `make_mesh` does.
+    """
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise MeshError(f"mesh: unknown axis {', '.join(unknown)}; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise MeshError(f"mesh: sizes {dict(sizes)} must be at least 1, and at most one may be -1")
+    if devices is None:
+        return tuple(shape)
+    if -1 in shape:
+        rest = math.prod(size for size in shape if size != -1)
+        if devices % rest:
+            raise MeshError(f"mesh: {devices} devices cannot be split by {dict(sizes)}")
+        shape[shape.index(-1)] = devices // rest
+    if math.prod(shape) != devices:
+        raise MeshError(f"mesh: {dict(sizes)} needs {math.prod(shape)} devices, {devices} are there")
+    return tuple(shape)
 
 
 def weight_shapes(mc: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Configs that cannot work fail in preflight, naming the field, the value and what is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from tiny import tiny_config
+from toy_task import TOY, install
+
+from dccot_jax.artifact import ArtifactWriter, StageResult, finish
+from dccot_jax.config import ConfigError
+from dccot_jax.pipeline import graph
+from dccot_jax.preflight import check
+
+ARMS = ({"name": "one"}, {"name": "two", "train.steps": 3})
+
+
+def test_the_tiny_config_passes():
+    check(tiny_config())
+    check(tiny_config(arms=ARMS, report__compare=(("one", "two"), ("two", "base"))))
+    check(tiny_config(evaluate__limits={"synth_arithmetic": 0, "synth_arithmetic_long": 5}, mix__kind="teacher", mix__strong=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__log_every": 0}, ["train.log_every: 0", "at least 1"]),
+        ({"train__checkpoint_every": 0}, ["train.checkpoint_every: 0", "at least 1"]),
+        ({"evaluate__batch_rows": 0}, ["evaluate.batch_rows: 0", "at least 1"]),
+        ({"evaluate__limits": {"svamp": 3}}, ["evaluate.limits: 'svamp'", "evaluated are synth_arithmetic, synth_arithmetic_long"]),
+        ({"evaluate__limits": {"synth_arithmetic": -3}}, ["evaluate.limits: 'synth_arithmetic'", "-3", "at least 0"]),
+        ({"evaluate__limit": -1}, ["evaluate.limit: -1", "at least 0"]),
+        ({"traces__samples": 0}, ["traces.samples: 0", "at least 1"]),
+        ({"score__warmup__share": 0.0}, ["score.warmup.share: 0.0", "(0, 1]"]),
+        ({"score__warmup__share": 1.5}, ["score.warmup.share: 1.5", "(0, 1]"]),
+        ({"score__warmup__steps": 0}, ["score.warmup.steps: 0", "at least 1"]),
+        ({"evaluate__max_new_tokens": 1024}, ["evaluate.max_new_tokens: 1024", "max_positions = 1024"]),
+        ({"train__row_tokens": 1025}, ["train.row_tokens: 1025", "max_positions = 1024"]),
+        ({"mix__kind": "teacher"}, ["mix.strong: empty", "strong teachers"]),
+        ({"mix__total_examples": 5, "mix__total_tokens": 6}, ["mix.total_tokens: 6", "mix.total_examples = 5", "one of them"]),
+        ({"report__compare": (("tiny", "tinny"),)}, ["report.compare[0]: 'tinny'", "did you mean 'tiny'"]),
+        ({"report__compare": (("tiny", "base"),), "evaluate__base": False}, ["report.compare[0]: 'base'", "arms are tiny"]),
+        ({"report__compare": (("one", "tiny"),), "arms": ARMS}, ["report.compare[0]: 'tiny'", "one, two"]),
+        ({"report__compare": ("one",), "arms": ARMS}, ["report.compare[0]: 'one'", "pair"]),
+        ({"mesh__data": 3}, ["config.mesh", "8 devices cannot be split", "'data': 3"]),
+        ({"mesh__fsdp": 2}, ["config.mesh", "needs 2 devices, 8 are there"]),
+        ({"mesh__data": 0}, ["config.mesh", "'data': 0", "at least 1"]),
+        ({"student__model__family": "gpt2"}, ["student.model", "family 'gpt2'", "llama, qwen2"]),
+        ({"student__model__num_kv_heads": 3}, ["student.model", "num_kv_heads = 3", "num_heads = 4"]),
+        ({"student__model__head_dim": 15}, ["student.model", "head_dim = 15", "even"]),
+        ({"traces__task": "asdiv"}, ["traces.task: task 'asdiv' has no train split", "only test"]),
+        ({"evaluate__cross": ("untested",)}, ["evaluate.cross: task 'untested' has no test split", "only train"]),
+        ({"score__student": "warmpu"}, ["score.student: 'warmpu'", "base, warmup", "did you mean 'warmup'"]),
+        ({"arms": ({"name": "one", "train.log_every": 0},)}, ["log_every: 0"]),
+    ],
+)
+def test_what_cannot_work_names_field_value_and_what_is_accepted(monkeypatch, changes, words):
+    install(monkeypatch, tasks=(dataclasses.replace(TOY, name="untested", splits=("train",)),))
+    with pytest.raises(ConfigError) as caught:
+        check(tiny_config(**changes))
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), word
+
+
+def test_a_mesh_for_another_machine_can_be_validated_here():
+    check(tiny_config(mesh__fsdp=64), devices=False)
+    with pytest.raises(ConfigError, match="at most one may be -1"):
+        check(tiny_config(mesh__data=-1), devices=False)
+
+
+def test_the_scoring_student_is_a_train_artifact(tmp_path):
+    def refused(path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check(tiny_config(score__student=str(path)))
+        return str(caught.value)
+
+    for kind in ("train", "student", "verify"):
+        writer = ArtifactWriter(tmp_path / kind)
+        writer.write_text("x.txt", "x")
+        finish(writer, kind=kind, identity=kind, version=1, config={}, inputs={}, result=StageResult(""), wall_seconds=0.0, recorded={})
+    check(tiny_config(score__student=str(tmp_path / "train")))
+    check(tiny_config(score__student=str(tmp_path / "student")))
+    assert "artifact of stage verify" in refused(tmp_path / "verify")
+    (tmp_path / "train" / "x.txt").unlink()
+    assert "x.txt" in refused(tmp_path / "train")
+    assert "holds no manifest.json" in refused(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "takes a train artifact, for Hugging Face use student.path" in refused(tmp_path)
+
+
+def test_the_warm_up_student_sees_other_rows_than_a_random_control():
+    [step] = graph(tiny_config(), base=False)["select:warmup"].config.select.steps
+    assert step["stream"] == "warmup"
