@@ -106,6 +106,21 @@ def test_sizes_that_an_axis_does_not_divide_are_replicated():
     check_on_mesh(mc, packed_batch(mc, [[9], [11], [5, 6]], 12), sizes)  # 3 rows on 8 devices
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one", "2x2x2"])
+def test_one_key_value_head_on_a_mesh(sizes):
+    mc = ModelConfig("llama", 64, 32, 48, 2, 4, 1, 8, max_positions=64)
+    params, batch = random_params(mc), packed_batch(mc, [[20], [8, 12]] * 2, 24)
+    expected = jax.jit(lambda p: loss_fn(p, mc, batch))(params)
+    count = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(sizes, jax.devices()[:count])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(mc, mesh))
+        grads = jax.jit(jax.grad(lambda p: loss_fn(p, mc, batch)))(placed)
+        found = jax.jit(lambda p: loss_fn(p, mc, batch))(placed)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(jax.device_get(grads)))
+
+
 def test_initial_parameters_do_not_depend_on_the_mesh_and_arrive_sharded():
     alone = init_params(TIED, 3)
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})

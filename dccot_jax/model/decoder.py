@@ -121,9 +121,20 @@ def project_qkv(p: Params, mc: ModelConfig, x: jax.Array, cos: jax.Array, sin: j
     q, k, v = (_project(p, mc, h, "w" + name) for name in "qkv")
     if mc.qkv_bias:
         q, k, v = q + p["bq"].astype(q.dtype), k + p["bk"].astype(k.dtype), v + p["bv"].astype(v.dtype)
-    q = q.reshape(batch, length, mc.num_kv_heads, mc.num_groups, mc.head_dim)
-    k, v = (y.reshape(batch, length, mc.num_kv_heads, mc.head_dim) for y in (k, v))
+    q = _split_heads(mc, q, "wq", (batch, length, mc.num_kv_heads, mc.num_groups, mc.head_dim))
+    k, v = (_split_heads(mc, y, name, (batch, length, mc.num_kv_heads, mc.head_dim)) for y, name in ((k, "wk"), (v, "wv")))
     return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _split_heads(mc: ModelConfig, y: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """y [B, T, heads · H] as `shape`, the key/value heads over the axis that the weight's columns were over.
+
+    The layout is named: with one key/value head it could not be told from the shapes.
+    """
+    use = use_spec(mc, name)
+    if use is None:
+        return y.reshape(shape)
+    return jnp.reshape(y, shape, out_sharding=activation_spec(shape[0], None, use[-1], *(None,) * (len(shape) - 3)))
 
 
 def finish_layer(p: Params, mc: ModelConfig, x: jax.Array, attended: jax.Array) -> jax.Array:
