@@ -78,7 +78,12 @@ SAME = [
     "= {}",
     r"\text{{{} apples}}",
     "{} km/hour",
-    "{}!",
+    "{} apples!",
+    "{} more apples",
+    "{} times",
+    "{} miles in 2 hours",
+    "{} of the 7 boxes",
+    "7 less than 10 = {}",
 ]
 
 
@@ -104,6 +109,74 @@ def test_several_answers_are_never_accepted(a, b, joint):
         for gold in (a, b):
             result = judge(text, str(gold), "number")
             assert not result.flexible and result.reason == "several_answers", (text, result)
+
+
+UNFINISHED = [
+    "{a} less than {b}",
+    "{a} apples fewer than {b} apples",
+    "{a} times {b}",
+    "{a} plus {b}",
+    "{a} divided by {b}",
+    "twice {a}",
+    "half of {a}",
+    "double the {a}",
+    "a third of {a}",
+    "Janet has twice {a} apples",
+    "the square root of {a}",
+    "sqrt({a})",
+    "{a}%% of {b}",
+    "1/2 of {a}",
+    "{a} squared",
+    "{a} dozen",
+    "{a} dozen eggs",
+    "{a}!",
+    "more than {a}",
+    "at least {a}",
+    "{a}^{b}",
+    "not {a}",
+    "likely, but not surely, {a} times {b}",
+]
+
+
+@given(a=st.integers(2, 999), b=st.integers(2, 999), shape=st.sampled_from(UNFINISHED))
+def test_arithmetic_in_words_is_no_answer_in_either_reading(a, b, shape):
+    said = shape.replace("%%", "%").format(a=a, b=b)
+    for text in (f"We add {a} and {b}.\nThe answer is {said}", f"\\boxed{{{said}}}", f"Answer: {said}"):
+        found = extract(text, "number")
+        assert (found.strict, found.flexible) == (None, None), (text, found)
+
+
+@given(
+    a=st.integers(1, 99),
+    b=st.integers(1, 99),
+    shape=st.sampled_from(["{} hours {} minutes", "{} feet, {} inches", "{}h{}m", "{} h {} min"]),
+)
+def test_a_quantity_in_two_units_is_several_answers(a, b, shape):
+    if a != b:
+        assert extract(f"The answer is {shape.format(a, b)}.", "number").reason == "several_answers"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer_type"),
+    [
+        ("We had 10. The answer is more than 5.", "number"),
+        ("The answer is 10^999.", "number"),
+        ("So it is 10^999", "number"),
+        ("There are 12. The answer is five less than ten.", "number"),
+        ("There are 12. The answer is two dozen.", "number"),
+        ("There are 12. The answer is five hours thirty minutes.", "number"),
+        ("We had 10. The answer is unknown.", "number"),
+        ("Yes it is. The answer is unclear.", "yes_no"),
+        ("It was (B). The answer is unknown.", "choice"),
+        ("It was 05/01/2021. The answer is some day in May.", "date"),
+    ],
+)
+def test_a_fallback_never_overrules_a_stated_answer(text, answer_type):
+    assert extract(text, answer_type, OPTIONS).flexible is None
+
+
+def test_nothing_behind_the_answer_is_leaves_the_fallback():
+    assert extract("There are 40. The answer is <answer>", "number").flexible == "40"
 
 
 @given(value=st.fractions(min_value=-1000, max_value=1000, max_denominator=60))
@@ -365,6 +438,61 @@ def test_hang_is_killed_in_threads_and_others_still_answer():
     assert [results[index][0] for index in range(5)] == ["timeout", "timeout", "correct", "correct", "correct"]
     assert judge(r"\boxed{\frac{x}{3}}", "x/3", "latex").flexible  # killed children have been replaced
     latex_worker.close()
+
+
+NASTY = {
+    "open boxes": "\\boxed{" * 20_000,
+    "nested boxes": "\\boxed{" * 20_000 + "5" + "}" * 20_000,
+    "boxes side by side": "\\boxed{5} or " * 20_000 + "\\boxed{6}",
+    "digits": "The answer is " + "7" * 1_000_000,
+    "bare digits": "7" * 5_000,
+    "boxed digits": "\\boxed{" + "7" * 5_000 + "}",
+    "long fraction": "\\boxed{1/" + "3" * 1_900 + "}",
+    "long decimal": "The answer is 0." + "3" * 1_900,
+    "thousands": "The answer is 1" + ",000" * 490,
+    "braces": "The answer is " + "{" * 500_000 + "}" * 500_000,
+    "parentheses": "\\boxed{" + "(" * 900 + "x" + ")" * 900 + "}",
+    "text commands": "\\text{" * 50_000 + "5" + "}" * 50_000,
+    "spaces": "answer" + " " * 1_000_000 + "is 5",
+    "open tag and spaces": "<" + " " * 1_000_000,
+    "thinking": "<think>" * 100_000 + "</think> The answer is 5",
+    "statements": "The answer is 5. " * 60_000,
+    "answer to": "the answer to " * 70_000,
+    "words": "The answer is " + "not " * 250_000,
+    "numbers": "The answer is " + "5 " * 500_000,
+    "list": "\\boxed{" + "5, " * 600 + "}",
+    "dollars": "$" * 1_000_000,
+    "formulas": "$5$ " * 250_000,
+    "dates": "05/01/2021 " * 90_000,
+    "letters": "(A) " * 250_000,
+    "fractions": "\\frac" * 160_000,
+    "signs": "The answer is " + "-" * 1_000_000,
+    "equals": "5 = " * 250_000,
+    "quotes": '"a' * 500_000,
+}
+
+
+@pytest.mark.parametrize("answer_type", ["number", "yes_no", "choice", "date", "string", "latex"])
+def test_nasty_texts_are_read_in_bounded_time_and_never_fail(answer_type):
+    """Quadratic reading of any of these would take minutes."""
+    for text in NASTY.values():
+        gold = {"choice": "B", "yes_no": "yes", "date": "05/02/2021"}.get(answer_type, "8")
+        assert not judge(text, gold, answer_type, OPTIONS, time_limit=1.0).strict
+
+
+def test_more_digits_than_can_be_converted_are_no_answer():
+    for digits in (1_100, 4_400):
+        for text in ("{}", "There are 3, then {}", "The answer is {}", "\\boxed{{{}}}", "The answer is 1/{}", "The answer is 2 (= {})"):
+            found = extract(text.format("9" * digits), "number")
+            assert found.flexible in (None, "2"), text
+    assert exact("9" * 5_000) is None and not equal("9" * 5_000, "9", "latex") and canonical("9" * 5_000, "number") is None
+    assert canonical("9" * 900, "number") == "9" * 900
+
+
+def test_only_the_tail_of_a_long_text_is_read_but_thinking_counts_whole():
+    assert extract("\\boxed{5}" + " and so on" * 3_000, "number").strict is None
+    assert extract("word " * 50_000 + "The answer is 5.", "number").strict == "5"
+    assert extract("<think>" + "word " * 50_000 + "The answer is 5.", "number").reason == "thinking_unclosed"
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,11 @@
 Two readings of every text. *strict*: the last terminated ``\\boxed{}``, else what the last "the answer is" states. *flexible*:
 the same, and if there is neither, the answer type's own fallback (last number, last yes/no, last letter, ...). A statement of several
 different answers is no answer in either reading, and so is an unterminated final box or a thinking channel that never closes.
+A fallback never overrules a stated answer: where a statement cannot be read as one answer, there is none.
+
+Reading takes bounded time for every answer type. Of what follows the thinking the last `reading.MAX_TEXT` characters are looked at,
+fallbacks look at the last `reading.MAX_FALLBACK`; a box or statement of more than `reading.MAX_STATEMENT` characters and a number of
+more than `rational.MAX_DIGITS` digits are no answer.
 """
 
 from __future__ import annotations
@@ -12,7 +17,16 @@ from collections.abc import Sequence
 
 from dccot_jax.records import ANSWER_TYPES
 from dccot_jax.tasks import answers_number, answers_words, latex
-from dccot_jax.tasks.reading import NO_ANSWER, Reading, answer_statement, is_negated, last_box, visible
+from dccot_jax.tasks.reading import (
+    MAX_FALLBACK,
+    MAX_STATEMENT,
+    MAX_TEXT,
+    NO_ANSWER,
+    Reading,
+    answer_statement,
+    last_box,
+    visible,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +87,16 @@ def extract(text: str, answer_type: str, choices: Sequence[str] = ()) -> Extract
     body = visible(text)
     if body is None:
         return Extraction(None, None, "thinking_unclosed")
+    body = body[-MAX_TEXT:]
     state, content = last_box(body)
     if state == "unterminated":
         return Extraction(None, None, "unterminated_box")
     statement = content if state == "box" else answer_statement(body)
-    if statement is not None:
+    if state == "box" or statement:  # "the answer is" with nothing behind it states none
+        assert statement is not None
         reading = _read(statement, answer_type, choices, boxed=state == "box")
-        if reading.value is not None:
-            return Extraction(reading.value, reading.value, "ok")
-        if reading.problem == "several_answers" or state == "box" or is_negated(statement):
-            return Extraction(None, None, reading.problem)
-    fallback = _fallback(body, answer_type, choices)
+        return Extraction(reading.value, reading.value, "ok" if reading.value is not None else reading.problem)
+    fallback = _fallback(body[-MAX_FALLBACK:], answer_type, choices)
     return Extraction(None, fallback.value, "ok" if fallback.value is not None else fallback.problem)
 
 
@@ -96,7 +109,7 @@ def equal(prediction: str, gold: str, answer_type: str, choices: Sequence[str] =
 def canonical(answer: str | None, answer_type: str, choices: Sequence[str] = ()) -> str | None:
     """Canonical form of a bare answer, or None if it cannot be read as one. Raises ValueError on an unknown answer type."""
     _check_type(answer_type)
-    if answer is None or not answer.strip():
+    if answer is None or not answer.strip() or len(answer) > MAX_TEXT:
         return None
     state, content = last_box(answer)
     if state == "unterminated":
@@ -110,7 +123,7 @@ def _check_type(answer_type: str) -> None:
 
 
 def _read(statement: str, answer_type: str, choices: Sequence[str], *, boxed: bool) -> Reading:
-    if not statement.strip():
+    if not statement.strip() or len(statement) > MAX_STATEMENT:
         return NO_ANSWER
     if answer_type == "number":
         return answers_number.read_number(statement)

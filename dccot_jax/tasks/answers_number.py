@@ -1,7 +1,8 @@
 """Reading and comparing numbers: signs, thousands, decimals, fractions, mixed numbers, currency, units, percent.
 
-A statement must name one number. A list or range ("5 or 7", "5-7") is `several_answers`; arithmetic that was not worked
-out, bounds ("more than 5"), roots and multiples of pi are no answer.
+A statement must name one number. A list or range ("5 or 7", "5-7") and a quantity in two units ("5 hours 30 minutes") are
+`several_answers`; arithmetic that was not worked out, in signs or in words ("3 times 5", "half of 10", "2 dozen"), bounds
+("more than 5"), factorials, roots and multiples of pi are no answer.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from dccot_jax.tasks.rational import exact
+from dccot_jax.tasks.rational import MAX_DIGITS, exact
 from dccot_jax.tasks.reading import NO_ANSWER, SEVERAL, Reading, is_negated
 
 TOLERANCE = Fraction(1, 10**6)
@@ -43,6 +44,31 @@ _UNITS = "zero one two three four five six seven eight nine ten eleven twelve th
 _TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_UNITS.split())}
 _TENS = {word: 10 * value for value, word in enumerate(_TEN_WORDS.split(), start=2)}
+_OPERAND = rf"(?:[-+$(]*\.?[0-9]|(?:{'|'.join((*_UNITS.split(), *_TEN_WORDS.split()))})\b)"
+_COMPARED = "less|more|fewer|greater|larger|smaller|bigger|higher|lower|older|younger|longer|shorter|taller|heavier|lighter"
+_OPERATION_AFTER = re.compile(
+    rf"\s*(?:(?:[A-Za-z]+\s+){{0,3}}?(?:(?:{_COMPARED})(?:\s+[A-Za-z]+){{0,3}}?\s+than|times|plus|minus|added\s+to|subtracted\s+from|taken\s+from|"
+    r"(?:increased|decreased|reduced|multiplied|divided)\s+by)"
+    rf"|less|over|by|into|raised\s+to|to\s+the\s+power(?:\s+of)?)\s+{_OPERAND}"
+    r"|\s*(?:dozens?|squared|cubed|factorial)\b",
+    re.I,
+)
+_PART_AFTER = re.compile(rf"\s*of\s+{_OPERAND}", re.I)  # behind a percentage or a fraction
+_OPERATION_BEFORE = re.compile(
+    rf"(?:\b(?:twice|thrice|half|thirds?|quarters?|double|triple|quadruple|squared?|cubed?|root|sqrt|factorial)|\b(?:sum|product|difference|quotient|"
+    rf"square|cube)\s+of|√)(?:\s*\b(?:of|the|as|many|much|an?|root|between)\b)*[\s({{\[]*{_OPERAND}",
+    re.I,
+)
+_JOINING = (
+    "in|of|to|for|at|by|after|before|because|since|with|without|from|on|per|not|than|over|out|within|during|every|each|when|if|as|"
+    "is|are|was|were|until|till|about|around|equals?|and|or|but|so|thus|hence|then|where|while|times|plus|minus"
+)
+_SECOND_UNIT_AFTER = re.compile(
+    rf"\s*(?!(?:{_JOINING})\b)[A-Za-z]+\.?"
+    rf"(?:\s+{_UNSIGNED}\s*[A-Za-z]|{_UNSIGNED}[A-Za-z])",
+    re.I,
+)
+_WORD_UNITS_AFTER = re.compile(rf"\s+(?!(?:{_JOINING})\b)[A-Za-z]+\s+{_OPERAND}", re.I)
 _SUPERSCRIPTS = str.maketrans({digit: f"^{value}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
 _VULGAR = {
     "½": "1/2",
@@ -70,6 +96,8 @@ def read_number(statement: str) -> Reading:
     first = _lead(clauses[0][1])
     if isinstance(first, Reading) and first.problem:
         return first
+    if first is None and "=" not in text and _OPERATION_BEFORE.search(text):
+        return NO_ANSWER  # arithmetic in words ("twice 5", "the square root of 25") without a result
     if first is None:
         return _only_number(text, clauses)
     for joint, clause in clauses[1:]:
@@ -87,8 +115,14 @@ def read_number(statement: str) -> Reading:
 def last_number(text: str) -> Reading:
     """The last number in free text (the flexible fallback)."""
     cleaned = plain(text)
-    found = [match for match in _NUMBER.finditer(cleaned) if _canonical(match, cleaned) is not None]
-    return Reading(_canonical(found[-1], cleaned)) if found else NO_ANSWER
+    found = list(_NUMBER.finditer(cleaned))
+    if not found:
+        return NO_ANSWER
+    last = found[-1]
+    if _EXPRESSION_AFTER.match(cleaned, last.end()):
+        return NO_ANSWER
+    value = _canonical(last, cleaned)
+    return NO_ANSWER if value is None else Reading(value)
 
 
 def equal_numbers(left: str, right: str) -> bool:
@@ -110,9 +144,9 @@ def plain(text: str) -> str:
     text = re.sub(r"\\left|\\right|\\!|\\displaystyle|\*\*|__|`", "", text)
     text = re.sub(r"\\[,;: ()\[\]]|~|\u2009|\u202f", " ", text)
     text = re.sub(r"\\?[$€£]", "", text)
-    before = None
-    while before != text:
-        before = text
+    for _ in range(8):  # deeper nesting is no answer
+        if "{" not in text:
+            break
         text = _TEXT_COMMAND.sub(r" \1 ", text)
     text = re.sub(r"\\[dt]?frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # a mixed number
@@ -120,6 +154,8 @@ def plain(text: str) -> str:
 
 
 def _value(match: re.Match[str], text: str) -> Fraction | None:
+    if match.end() - match.start() > MAX_DIGITS:
+        return None
     sign = (match["sign"] or "").strip().lower()
     if sign in ("-", "+") and re.search(r"[0-9)%]\s*$", text[: match.start()]):
         sign = ""  # a binary operator, not a sign
@@ -183,6 +219,11 @@ def _checked(match: re.Match[str], clause: str) -> Reading:
     after = clause[match.end() :]
     if _RANGE_AFTER.match(after):
         return SEVERAL
+    if _SECOND_UNIT_AFTER.match(after):
+        return SEVERAL
+    partial = bool(match["percent"] or match["over"] or match["top"])
+    if _OPERATION_AFTER.match(after) or (partial and _PART_AFTER.match(after)):
+        return NO_ANSWER
     if _EXPRESSION_AFTER.match(after) or _BOUND_BEFORE.search(clause[: match.start()]):
         return NO_ANSWER
     value = _canonical(match, clause)
@@ -244,8 +285,12 @@ def _number_word(text: str) -> Reading:
     head, tail = match.group(1).lower(), (match.group(2) or "").lower()
     if re.search(r"\b(?:or|and)\b", text, re.I):
         return NO_ANSWER
+    compound = head in _TENS and 0 < _WORDS.get(tail, 0) < 10
+    after = text[match.end(2 if compound else 1) :]
+    if _OPERATION_AFTER.match(after) or _WORD_UNITS_AFTER.match(after):
+        return NO_ANSWER
     if head in _TENS:
-        return Reading(str(_TENS[head] + (_WORDS.get(tail, 0) if _WORDS.get(tail, 0) < 10 else 0)))
+        return Reading(str(_TENS[head] + (_WORDS[tail] if compound else 0)))
     if head in _WORDS and tail not in ("of", "hundred", "thousand", "million", "billion", "half", "third", "quarter"):
         return Reading(str(_WORDS[head]))
     return NO_ANSWER

@@ -299,14 +299,15 @@ def _matrix(text: str) -> tuple[str, list[str]] | None:
 def _strip_outer(text: str) -> str:
     """Drop parentheses or braces around a whole single answer: ((x+1)) -> x+1, (C) -> C."""
     text = text.strip()
-    while True:
+    for _ in range(20):  # deeper nesting is left as it is
         tokens = _TOKEN.findall(text)
         if len(tokens) > 2 and (tokens[0], tokens[-1]) in (("(", ")"), ("{", "}")) and _wraps(tokens):
             inner = "".join(tokens[1:-1]).strip()
             if len(_split(inner, (",", ";"))) == 1:
                 text = inner
                 continue
-        return text
+        break
+    return text
 
 
 def _percent(text: str) -> tuple[str, bool]:

@@ -9,6 +9,7 @@ import re
 from fractions import Fraction
 
 MAX_BITS = 100_000
+MAX_DIGITS = 1_000  # of one number; a longer one is no number (Python refuses to convert 4300)
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(\\[dt]?frac|\\cdot|\\times|\\div|[-+*/^(){}]))")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])")
 
@@ -38,6 +39,8 @@ def _tokens(text: str) -> list[str] | None:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if not match or len(tokens) > 500:
+            return None
+        if match.end() - match.start() > MAX_DIGITS:
             return None
         tokens.append(match.group(1) or match.group(2))
         position = match.end()

@@ -1,6 +1,8 @@
 """From a model's text to the words that state its answer, before any answer type is considered.
 
 Order of preference: the last ``\\boxed{}``, then the last "the answer is". Nothing inside the thinking is ever read.
+
+Every function takes time linear in its text. What reads an answer type afterwards gets at most `MAX_STATEMENT` characters.
 """
 
 from __future__ import annotations
@@ -17,17 +19,21 @@ class Reading:
     problem: str = ""
 
 
+MAX_TEXT = 20_000  # characters after the thinking; of longer texts the tail is read
+MAX_STATEMENT = 2_000  # characters of a box or statement; a longer one is no answer
+MAX_FALLBACK = 4_000  # characters at the end of the text in which a fallback looks
+
 NO_ANSWER = Reading(None, "no_answer")
 SEVERAL = Reading(None, "several_answers")
 
-_THINK_TAG = re.compile(r"<\s*(/?)\s*(?:think|thinking|reasoning)\s*>", re.I)
+_THINK_TAG = re.compile(r"<\s{0,4}(/?)\s{0,4}(?:think|thinking|reasoning)\s{0,4}>", re.I)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _ANSWER_IS = re.compile(
     r"\banswers?\b(?:\s+(?:to|for|of)\b[^.\n]{0,80}?)?(?:['’]s|\s+(?:is|are|was|would\s+be|will\s+be)\b)(?!\s*n['’]t)"
     r"|^\W{0,4}(?:final\s+)?answer\W{0,3}:",
     re.I | re.M,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*\"'”’)\]]|$)")
+_SENTENCE_END = re.compile(r"(?:[.?]|(?<![0-9])!)(?=[\s*\"'”’)\]]|$)")
 _JOINED_BOXES = re.compile(r"[\s$.,;&(){}]*(?:(?:and|or|\\text\{\s*(?:and|or)\s*\})[\s$.,;&(){}]*)?\Z", re.I)
 
 
@@ -46,18 +52,19 @@ def last_box(text: str) -> tuple[str, str | None]:
 
     Boxes that stand side by side ("\\boxed{5} or \\boxed{7}") are one statement of several answers: contents joined by " or ".
     """
-    starts = list(_BOX.finditer(text))
+    starts = [match.span() for match in _BOX.finditer(text)]
     if not starts:
         return "none", None
-    spans = [(match.start(), *_braced(text, match.end())) for match in starts]
-    if spans[-1][2] is None:
+    content = _braced(text, starts[-1][1], len(text))[1]
+    if content is None:
         return "unterminated", None
-    contents = [spans[-1][2]]
-    for (_, end, content), (after, _, _) in zip(spans[-2::-1], spans[:0:-1]):
-        if content is None or end > after or not _JOINED_BOXES.match(text[end:after]) or "\n\n" in text[end:after]:
+    contents = [content]
+    for (_, opening), (after, _) in zip(starts[-2::-1], starts[:0:-1]):
+        end, content = _braced(text, opening, after)  # looks no further than the next box, so that all looks together are one scan
+        if content is None or not _JOINED_BOXES.match(text[end:after]) or "\n\n" in text[end:after]:
             break
-        contents.insert(0, content)
-    distinct = list(dict.fromkeys(part.strip() for part in contents))
+        contents.append(content)
+    distinct = list(dict.fromkeys(part.strip() for part in reversed(contents)))
     return "box", " or ".join(distinct)
 
 
@@ -69,10 +76,11 @@ def answer_statement(text: str) -> str | None:
     found = list(_ANSWER_IS.finditer(text))
     if not found:
         return None
-    tail = re.sub(r"</?[A-Za-z]+>", " ", text[found[-1].end() :]).lstrip(" \t\r\n:*_.…")
+    tail = re.sub(r"</?[A-Za-z]{1,20}>", " ", text[found[-1].end() :]).lstrip(" \t\r\n:*_.…")
     line = tail.split("\n", 1)[0]
     if line.strip() in ("\\[", "$$", "\\("):
         line = tail.split("\n", 2)[1] if tail.count("\n") else ""
+    line = line[: 2 * MAX_STATEMENT]
     end = _first_sentence_end(line)
     return line[:end].strip()
 
@@ -94,12 +102,12 @@ def _first_sentence_end(line: str) -> int:
     return len(line)
 
 
-def _braced(text: str, start: int) -> tuple[int, str | None]:
-    """End position and content of the brace group that opens at `start`; content None if there is none or it never closes."""
+def _braced(text: str, start: int, limit: int) -> tuple[int, str | None]:
+    """End position and content of the brace group that opens at `start`; content None if there is none or it is open at `limit`."""
     if not text.startswith("{", start):
         return start, None
     depth, position = 0, start
-    while position < len(text):
+    while position < limit:
         char = text[position]
         if char == "\\":
             position += 2
@@ -108,4 +116,4 @@ def _braced(text: str, start: int) -> tuple[int, str | None]:
         position += 1
         if depth == 0:
             return position, text[start + 1 : position - 1]
-    return len(text), None
+    return limit, None
