@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,12 @@ STAGES = {
     stage.kind: stage
     for stage in (
         Stage("student", "dccot_jax.data.student:run", 1, ("student", "seed"), "student_files"),
-        Stage("traces", "dccot_jax.teachers.stage:run", 1, ("traces",), "trace_files"),
-        Stage("augment", "dccot_jax.augment.stage:run", 1, ("augment", "traces.task", "traces.seed"), "trace_files"),
+        Stage("traces", "dccot_jax.teachers.stage:run", 2, ("traces",), "trace_files"),
+        Stage("augment", "dccot_jax.augment.stage:run", 2, ("augment", "traces.task", "traces.seed"), "trace_files"),
         Stage(
             "verify",
             "dccot_jax.select.verify:run",
-            1,
+            2,
             ("verify", "traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"),
             "task_files",
         ),
@@ -95,7 +95,7 @@ STAGES = {
         Stage(
             "evaluate",
             "dccot_jax.evaluate.stage:run",
-            1,
+            2,
             (
                 "traces.task",
                 "compute_dtype",
@@ -462,34 +462,30 @@ def _hash_of(path: Path) -> str:
     return _cached_hash(str(path), stat.st_size, stat.st_mtime)
 
 
-def _task_names(config: ConfigDict) -> list[str]:
-    from dccot_jax.tasks.registry import get_task
+def _local_hashes(config: ConfigDict, tasks: Iterable[str]) -> dict[str, str]:
+    from dccot_jax.tasks.registry import get_task, local_files
 
-    named = [*config.evaluate.iid, *config.evaluate.ood, *config.evaluate.cross]
-    task = get_task(config.traces.task)
-    return [task.name, *(named or [*task.iid, *task.ood, *task.cross])]
+    if not config.data_dir:
+        return {}
+    found = {name: path for task in tasks for name, path in local_files(get_task(task), config.data_dir).items()}
+    return {f"file:{name}": _hash_of(path) for name, path in sorted(found.items())}
 
 
 def task_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of the local files of the training task and every evaluation task."""
-    from dccot_jax.tasks.registry import get_task
+    from dccot_jax.tasks.registry import evaluation_tasks
 
-    if not config.data_dir:
-        return {}
-    root = Path(config.data_dir).expanduser()
-    names = sorted({name for task in _task_names(config) for name in get_task(task).local_files})
-    return {f"file:{name}": _hash_of(root / name) for name in names if (root / name).exists()}
+    groups = evaluation_tasks(config.traces.task, config.evaluate.iid, config.evaluate.ood, config.evaluate.cross)
+    return _local_hashes(config, [config.traces.task, *(name for group in groups.values() for name in group)])
 
 
 def trace_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of replayed trace files and of the training task's local files."""
-    from dccot_jax.tasks.registry import get_task
-
     root = Path(config.data_dir).expanduser() if config.data_dir else Path()
     names = {name for spec in config.traces.teachers for name in spec.get("files", ())}
-    if config.data_dir:
-        names |= set(get_task(config.traces.task).local_files)
-    return {f"file:{name}": _hash_of(root / name) for name in sorted(names) if (root / name).exists()}
+    replayed = {name: root / Path(name).expanduser() for name in sorted(names)}
+    hashes = {f"file:{name}": _hash_of(path) for name, path in replayed.items() if path.exists()}
+    return hashes | _local_hashes(config, [config.traces.task])
 
 
 def student_files(config: ConfigDict) -> dict[str, str]:

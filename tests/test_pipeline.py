@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -11,9 +12,10 @@ from tiny import tiny_config
 
 from dccot_jax import pipeline
 from dccot_jax.cli import main
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, override
 from dccot_jax.context import Context
 from dccot_jax.records import InputError
+from dccot_jax.tasks.registry import get_task, local_files
 
 
 def _context(path) -> Context:
@@ -165,3 +167,24 @@ def test_empty_selection_is_a_clear_error(tmp_path):
     config = tiny_config(score__signals=("nll",), select__steps=({"name": "threshold", "signal": "nll", "max": -1.0},))
     with pytest.raises(InputError, match=r"threshold.*kept 0 of"):
         pipeline.run(config, _context(tmp_path))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_local_files_are_hashed_under_either_name(tmp_path, ending):
+    """Identities see the file that is read: plain or .gz, declared or <task>/<split>.jsonl."""
+    replayed = ({"kind": "replay", "name": "t", "files": ("r.jsonl",)},)
+    cfg = tiny_config(data_dir=str(tmp_path), traces__task="math500", evaluate__iid=("math500",), evaluate__ood=("openbookqa", "aqua"))
+    cfg = override(cfg, {"traces.teachers": replayed, "evaluate.cross": ("boolq",)})
+    hub_only = dataclasses.replace(get_task("boolq"), local_files=())
+    assert pipeline.task_files(cfg) == {} == local_files(hub_only, tmp_path)
+    for task in ("math500", "aqua", "boolq"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / f"test{ending}").write_text(task)
+    (tmp_path / "r.jsonl").write_text("rows")
+    before = pipeline.task_files(cfg)
+    assert sorted(before) == [f"file:{task}/test{ending}" for task in ("aqua", "boolq", "math500")]
+    assert local_files(hub_only, tmp_path) == {f"boolq/test{ending}": tmp_path / "boolq" / f"test{ending}"}
+    assert sorted(pipeline.trace_files(cfg)) == [f"file:math500/test{ending}", "file:r.jsonl"]
+    (tmp_path / "boolq" / f"test{ending}").write_text("other rows")
+    after = pipeline.task_files(cfg)
+    assert {name for name in after if after[name] != before[name]} == {f"file:boolq/test{ending}"}

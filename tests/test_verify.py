@@ -116,9 +116,9 @@ def test_another_split_is_refused(tmp_path, toy):
 
 
 def test_configured_evaluation_sets_replace_the_relations(toy):
-    assert verify.evaluation_tasks(config()) == ("toy",)
+    assert verify.evaluation_names(config()) == ("toy",)
     chosen = config(evaluate__ood=("synth_objects",), evaluate__cross=("synth_calendar", "synth_objects"))
-    assert verify.evaluation_tasks(chosen) == ("synth_objects", "synth_calendar")
+    assert verify.evaluation_names(chosen) == ("synth_objects", "synth_calendar")
 
 
 def test_order_of_rows_does_not_matter(tmp_path, toy):

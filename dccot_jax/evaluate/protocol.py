@@ -19,7 +19,7 @@ from dccot_jax.data.template import render_prompt, stop_ids
 from dccot_jax.records import Dropped
 from dccot_jax.tasks.answers import canonical
 from dccot_jax.tasks.base import Item, Task
-from dccot_jax.tasks.registry import build_prompt, get_task, load_items, split_hash
+from dccot_jax.tasks.registry import build_prompt, evaluation_tasks, get_task, load_items, split_hash
 
 NAME = "sound"
 SPLIT = "test"
@@ -60,10 +60,7 @@ def evaluation_groups(cfg: ConfigDict) -> dict[str, tuple[str, ...]]:
 
     Raises ConfigError if a task is listed twice or no task is left.
     """
-    groups = {group: tuple(cfg.evaluate[group]) for group in GROUPS}
-    if not any(groups.values()):
-        task = get_task(cfg.traces.task)
-        groups = {"iid": task.iid or (task.name,), "ood": task.ood, "cross": task.cross}
+    groups = evaluation_tasks(cfg.traces.task, cfg.evaluate.iid, cfg.evaluate.ood, cfg.evaluate.cross)
     names = [name for group in groups.values() for name in group]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

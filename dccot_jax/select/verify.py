@@ -27,7 +27,7 @@ from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
 from dccot_jax.records import Dropped, Trace, normalise_question, table_to_traces, traces_to_table
 from dccot_jax.tasks.answers import judge
-from dccot_jax.tasks.registry import check_traces_split, get_task, load_items
+from dccot_jax.tasks.registry import check_traces_split, evaluation_tasks, get_task, load_items
 
 CHUNK_ROWS = 2000
 THREADS = 4  # symbolic comparison waits for child processes
@@ -44,7 +44,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     traces = table_to_traces(inputs["traces"].table("traces"))
     data_dir = ctx.data_dir or (Path(cfg.data_dir).expanduser() if cfg.data_dir else None)
     check_splits(traces, data_dir)
-    tasks = evaluation_tasks(cfg)
+    tasks = evaluation_names(cfg)
     kept, dropped = drop_unusable(traces, held_out_questions(tasks, data_dir))
     verdicts = _verdicts(kept, cfg.verify.time_limit_seconds, out, ctx)
     verified = with_verdicts(kept, verdicts)
@@ -73,13 +73,10 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     )
 
 
-def evaluation_tasks(cfg: ConfigDict) -> tuple[str, ...]:
-    """Names of the evaluation tasks: those configured, or else the training task's own relations."""
-    chosen = (*cfg.evaluate.iid, *cfg.evaluate.ood, *cfg.evaluate.cross)
-    if not chosen:
-        task = get_task(cfg.traces.task)
-        chosen = (*task.iid, *task.ood, *task.cross)
-    return tuple(dict.fromkeys(chosen))
+def evaluation_names(cfg: ConfigDict) -> tuple[str, ...]:
+    """Names of the evaluation tasks of a config, each once."""
+    groups = evaluation_tasks(cfg.traces.task, cfg.evaluate.iid, cfg.evaluate.ood, cfg.evaluate.cross)
+    return tuple(dict.fromkeys(name for group in groups.values() for name in group))
 
 
 def held_out_questions(tasks: Sequence[str], data_dir: Path | None) -> dict[str, str]:

@@ -89,14 +89,35 @@ def split_hash(items: Iterable[Item]) -> str:
     return content_hash("split/1", sorted({item.id for item in items}))
 
 
+def evaluation_tasks(task: str, iid: Sequence[str] = (), ood: Sequence[str] = (), cross: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Names of the tasks to evaluate on when `task` is trained on, per group ``iid``, ``ood``, ``cross``.
+
+    The given names; where all three are empty the task's own relations, and itself as ``iid`` if it names none. Raises UnknownTaskError.
+    """
+    trained = get_task(task)
+    if not (iid or ood or cross):
+        iid, ood, cross = trained.iid or (trained.name,), trained.ood, trained.cross
+    return {"iid": tuple(iid), "ood": tuple(ood), "cross": tuple(cross)}
+
+
+def local_files(task: Task, data_dir: Path | str) -> dict[str, Path]:
+    """The files under `data_dir` that a task's rows are read from, by relative name; those that are not there are left out.
+
+    A task that declares none is read from ``<task>/<split>.jsonl``. Where ``<name>`` is absent ``<name>.gz`` stands for it.
+    """
+    root = Path(data_dir).expanduser()
+    declared = task.local_files or (tuple(f"{task.name}/{split}.jsonl" for split in task.splits) if task.hub else ())
+    found = (next((name for name in (declaration, f"{declaration}.gz") if (root / name).exists()), None) for declaration in declared)
+    return {name: root / name for name in found if name is not None}
+
+
 def data_at_hand(task: Task, data_dir: Path | str | None) -> bool:
     """Whether rows can be loaded without the network: generated, or every local file is there (plain or .gz)."""
     if not task.local_files:
         return task.hub is None
     if not data_dir:
         return False
-    root = Path(data_dir).expanduser()
-    return all((root / name).exists() or (root / f"{name}.gz").exists() for name in task.local_files)
+    return len(local_files(task, data_dir)) == len(task.local_files)
 
 
 def check_traces_split(traces: Iterable[Trace], train: Sequence[Item], test: Sequence[Item], *, max_overlap: float = 0.02) -> None:
@@ -127,12 +148,25 @@ def check_traces_split(traces: Iterable[Trace], train: Sequence[Item], test: Seq
                 f"task {task}: traces were made on split {foreign[0]}, but the test set belongs to train split {expected[:12]}; "
                 "load both from one source (the same data_dir or the same hub id)"
             )
+    asked = [trace.question for trace in own if trace.part == "forward" and not trace.parent_ids]
+    check_questions_split(asked, test, max_overlap=max_overlap)
+
+
+def check_questions_split(asked: Iterable[str], test: Sequence[Item], *, source: str = "", max_overlap: float = 0.02) -> None:
+    """The part of `check_traces_split` that needs questions alone, for rows that have not become traces yet.
+
+    Args:
+      asked: the original questions of one source. test: the test split they must stay out of. source: names the rows in the message.
+
+    Raises:
+      SplitMismatchError: more than `max_overlap` of the distinct questions stand in the test set, and they do not cover it.
+    """
     held_out = {normalise_question(item.question) for item in test}
-    questions = {normalise_question(trace.question) for trace in own if trace.part == "forward" and not trace.parent_ids}
+    questions = {normalise_question(question) for question in asked}
     shared = questions & held_out
     if len(shared) > max_overlap * len(questions) and len(shared) < 0.99 * len(held_out):
         raise SplitMismatchError(
-            f"task {task}: {len(shared)} of {len(questions)} trace questions stand in the test set of {len(held_out)}; "
+            f"task {test[0].task}: {source}{len(shared)} of {len(questions)} trace questions stand in the test set of {len(held_out)}; "
             "the traces were made on another public split. Use the test set of their own split"
         )
 
