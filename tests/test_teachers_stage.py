@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from dccot_jax.formats import export_traces, import_records
 from dccot_jax.records import Response, make_trace, table_to_traces
 from dccot_jax.tasks.answers import judge
 from dccot_jax.tasks.base import make_item
-from dccot_jax.tasks.registry import get_task, load_items, split_hash
+from dccot_jax.tasks.registry import SplitMismatchError, get_task, load_items, split_hash
 from dccot_jax.teachers import stage
 from dccot_jax.teachers.build import TeacherError
 from dccot_jax.teachers.prompts import gold_text, read_question, read_verdict
@@ -100,7 +101,7 @@ def test_replay_joins_on_the_question(tmp_path, monkeypatch):
     install(monkeypatch)
     rows = [
         {"instruction": "ann HAS 10 pens, and gets 5 more; how many pens has Ann", "output": " 10+5=15. The answer is 15"},
-        {"instruction": question(100, 1), "output": "100+1=101. The answer is 101"},  # a test question
+        {"instruction": question(50, 1), "output": "50+1=51. The answer is 51"},  # in neither split
         {"instruction": question(3, 4), "output": "3+4=8. The answer is 8"},
         {"instruction": question(3, 4), "output": "3+4=7. The answer is 7"},
         {"instruction": question(3, 4), "output": "3+4=7. The answer is 7 "},
@@ -204,6 +205,51 @@ def test_replay_of_exported_traces(tmp_path, monkeypatch):
     assert third.dropped == {"other_split": len(foreign)} and third.rows_out == 0
 
 
+def test_groups_of_files_with_one_name_stay_apart(tmp_path, monkeypatch):
+    install(monkeypatch)
+    row = {
+        "question": question(3, 4),
+        "forward_reasoning": "3+4=7. The answer is 7.",
+        "backward_question": "Ann has 3 pens, gets x, now 7. What is x?",
+        "backward_reasoning": "7-3=4. The answer is 4.",
+    }
+    specs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.json", row)
+        specs += [spec(f"{name}/train.json", name=name), spec(str(tmp_path / name / "train.json"), name=name, level="2")]
+    artifact, _ = run_stage(stage, config(data_dir=str(tmp_path), traces__teachers=tuple(specs)), tmp_path, "traces")
+    groups: dict[str, set[str]] = {}
+    for trace in traces_of(artifact):
+        groups.setdefault(trace.group_id, set()).add(trace.teacher)
+    assert sorted(map(sorted, groups.values())) == [["one"], ["two"]], "level is no part of a trace's id, so those rows are duplicates"
+    # The same traces read back and given to another teacher are other groups, still whole.
+    export_traces(traces_of(artifact), tmp_path / "t.jsonl", "trace")
+    again = replay(ReplaySpec("three", ("t.jsonl",)), TOY, items("train"), split=traces_of(artifact)[0].split, data_dir=tmp_path)
+    assert not {trace.group_id for trace in again.traces} & set(groups) and {trace.method for trace in again.traces} == {"reverse"}
+
+
+def test_files_of_another_public_split_are_refused_before_the_join(tmp_path, monkeypatch):
+    pool = [question(index, 1000 + index) for index in range(100)]
+
+    def load(split, data_dir):
+        mine = pool[:70] if split == "train" else pool[70:]
+        return [make_item("toy", split, text, gold=str(1000 + 2 * pool.index(text))) for text in mine]
+
+    install(monkeypatch, tasks=(dataclasses.replace(TOY, load=load),))
+
+    def traced(name, numbers):
+        rows = [{"instruction": pool[index], "output": f"The answer is {1000 + 2 * index}"} for index in numbers]
+        cfg = config(traces__teachers=(spec(write(tmp_path / f"{name}.jsonl", *rows)),))
+        return run_stage(stage, cfg, tmp_path, name)[1]
+
+    with pytest.raises(SplitMismatchError, match=r"other\.jsonl: 20 of 70 trace questions stand in the test set of 30"):
+        traced("other", range(20, 90))
+    assert traced("own", range(70)).dropped == {}
+    assert traced("leak", range(71)).dropped == {"not_in_train_split": 1}  # a handful is dropped and counted
+    assert traced("whole", range(100)).dropped == {"not_in_train_split": 30}  # the whole pool covers the test set
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -260,7 +306,8 @@ def test_reading_replies():
 def test_real_svamp_traces(data_dir, file, rows, right):
     """Every row of the released files joins, and as many are right as their README counts (its reader is simpler than ours: +-3)."""
     task, pool = get_task("svamp"), load_items("svamp", "train", data_dir)
-    found = replay(ReplaySpec("t", (f"svamp/eit/SVAMP_{file}_ranked.json.gz",)), task, pool, split="train-x", data_dir=data_dir)
+    files, test = (f"svamp/eit/SVAMP_{file}_ranked.json.gz",), load_items("svamp", "test", data_dir)
+    found = replay(ReplaySpec("t", files), task, pool, split="train-x", data_dir=data_dir, test=test)
     assert (len(found.traces), found.dropped) == (rows, [])
     assert not any(trace.target != trace.target.strip() for trace in found.traces)
     correct = sum(judge(trace.target, trace.gold_answer, "number").flexible for trace in found.traces)
@@ -272,7 +319,8 @@ def test_real_test_rationales_are_refused(data_dir):
     """A file over test questions gives no trace at all."""
     task, pool = get_task("strategyqa"), load_items("strategyqa", "train", data_dir)
     files = ("strategyqa/eit/stqa_human_annotation.json.gz",)
-    found = replay(ReplaySpec("human", files), task, pool, split="train-x", data_dir=data_dir)
+    test = load_items("strategyqa", "test", data_dir)
+    found = replay(ReplaySpec("human", files), task, pool, split="train-x", data_dir=data_dir, test=test)
     assert sum(row.reason == "not_in_train_split" for row in found.dropped) >= 290
-    held_out = {item.question for item in load_items("strategyqa", "test", data_dir)}
+    held_out = {item.question for item in test}
     assert not held_out & {trace.question for trace in found.traces}

@@ -2,7 +2,8 @@
 
 Rows are joined on the normalised question (for multiple choice also on the options), never on their number: files of
 different teachers miss different rows. A row whose question is no training question is dropped, so a file of test
-rationales cannot be trained on. Gold answers, options and step counts come from the task.
+rationales cannot be trained on. A file made on another public split of the task is refused before any row is dropped.
+Gold answers, options and step counts come from the task.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dccot_jax.formats import FORMATS, Fields, import_records
-from dccot_jax.records import Dropped, Trace, normalise_question
+from dccot_jax.records import Dropped, Trace, content_hash, normalise_question
 from dccot_jax.tasks.answers import equal, extract
 from dccot_jax.tasks.base import Item, Task
-from dccot_jax.tasks.registry import build_target
+from dccot_jax.tasks.registry import build_target, check_questions_split
 from dccot_jax.teachers.build import TeacherError
 from dccot_jax.teachers.prompts import inverse_question_prompt
 from dccot_jax.teachers.rows import answered_trace, item_fields, rationale
@@ -69,13 +70,21 @@ class Replayed:
 
 
 def replay(
-    spec: ReplaySpec, task: Task, items: Sequence[Item], *, split: str, data_dir: Path | None, wanted: Collection[str] | None = None
+    spec: ReplaySpec,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    split: str,
+    data_dir: Path | None,
+    wanted: Collection[str] | None = None,
+    test: Sequence[Item] = (),
 ) -> Replayed:
     """Read and join one teacher's files.
 
     Args:
       task, items: the task and all its training items. split: the tag every trace carries (`rows.split_tag`).
       data_dir: what file names are relative to. wanted: ids of items to keep; None keeps all.
+      test: the task's test split; each file's questions are held against it (`registry.check_questions_split`).
 
     Dropped, with the row's place as id: ``not_in_train_split``, ``other_split`` (a trace file made on another split),
     ``over_question_limit``, ``truncated``, ``inconsistent`` (a reverse record that failed its check), ``duplicate``, and what
@@ -83,6 +92,7 @@ def replay(
 
     Raises:
       FormatError: a file that cannot be read.
+      SplitMismatchError: a file was made on another public split: many of its questions, but not all, stand in `test`.
     """
     join = _Join(items)
     result = Replayed([], [], 0)
@@ -95,7 +105,9 @@ def replay(
         )
         result.rows += len(imported.records) + len(imported.dropped)
         result.dropped += imported.dropped
-        records = _with_join_questions(imported.records)
+        records = [record | _group_field(spec, name, data_dir, record) for record in _with_join_questions(imported.records)]
+        originals = [_asked(record) for record in records if record.get("part", "forward") == "forward"]
+        check_questions_split(originals, test, source=f"{path.name}: ")
         refused = _refused(records, join, split, wanted)
         for index, record in enumerate(records):
             reason, detail = refused.get(index, ("", ""))
@@ -125,7 +137,7 @@ class _Join:
             self._stem[stem] = None if stem in self._stem and self._stem[stem] is not item else item
 
     def find(self, record: Fields) -> Item | None:
-        question = record.get("join_question", record["question"])
+        question = _asked(record)
         choices = record.get("join_choices", record.get("choices", ()))
         found = self._full.get(_key(question, choices))
         # A row whose options we could not read still joins on its question, if no other item asks the same.
@@ -161,7 +173,7 @@ def _refused(records: Sequence[Fields], join: _Join, split: str, wanted: Collect
     refused: dict[int, tuple[str, str]] = {}
     for index, record in enumerate(records):
         item = join.find(record)
-        question = record.get("join_question", record["question"])[:80]
+        question = _asked(record)[:80]
         if record.get("split") not in (None, "train", split):
             refused[index] = ("other_split", f"made on {record['split']}, this is {split}")
         elif item is None:
@@ -174,13 +186,25 @@ def _refused(records: Sequence[Fields], join: _Join, split: str, wanted: Collect
             refused[index] = ("inconsistent", question)
     groups: dict[str, tuple[str, str]] = {}
     for index, verdict in refused.items():
-        if group := _group(records[index]):
+        if group := records[index]["group_id"]:
             groups.setdefault(group, verdict)
-    return refused | {index: groups[_group(record)] for index, record in enumerate(records) if _group(record) in groups}
+    return refused | {index: groups[record["group_id"]] for index, record in enumerate(records) if record["group_id"] in groups}
 
 
-def _group(record: Fields) -> str:
-    return str(record.get("group") or record.get("group_id") or "")
+def _asked(record: Fields) -> str:
+    """The question of the task that a row goes back to."""
+    return record.get("join_question", record["question"])
+
+
+def _group_field(spec: ReplaySpec, name: str, data_dir: Path | None, record: Fields) -> Fields:
+    """``group_id`` of a record: "" for a row of its own, else a hash that no other teacher's file can share, whatever it is called."""
+    group = record.get("group") or record.get("group_id") or ""
+    if not group or group == record.get("id"):
+        return {"group_id": ""}
+    path = Path(name).expanduser()
+    if data_dir is not None and path.is_relative_to(data_dir):
+        path = path.relative_to(data_dir)
+    return {"group_id": content_hash("replay/1", spec.name, spec.level, spec.style, path.as_posix(), group)}
 
 
 def _place(record: Fields) -> str:
@@ -195,7 +219,7 @@ def _trace(spec: ReplaySpec, task: Task, item: Item, record: Fields, split: str,
         "level": spec.level or record.get("level", ""),
         "method": method,
         "part": part,
-        "group_id": _group(record),
+        "group_id": record["group_id"],
         "source": record["source"],
         "meta": record.get("meta", "{}"),
         "finish_reason": record.get("finish_reason", "stop"),

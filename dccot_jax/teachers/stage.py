@@ -1,7 +1,8 @@
 """Stage ``traces``: every teacher of the config answers the training questions, or its finished traces are read.
 
 Reads: the task's training rows, teachers. Writes ``traces.parquet``, ``dropped.parquet``. A trace's prompt stays None: it is
-the task's own prompt. Fails on unknown tasks and teachers, on missing data, on files that cannot be read.
+the task's own prompt. Fails on unknown tasks and teachers, on missing data, on files that cannot be read, and on replayed
+files that were made on another public split of the task.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     data_dir = ctx.data_dir or (Path(cfg.data_dir).expanduser() if cfg.data_dir else None)
     items = load_items(task.name, "train", data_dir)
     asked = load_items(task.name, "train", data_dir, limit=cfg.traces.questions) if cfg.traces.questions else items
+    replays = any(spec.get("kind") == "replay" for spec in specs)
+    test = load_items(task.name, "test", data_dir) if replays and "test" in task.splits else []
     whole_hash = split_hash(items)
     split = split_tag("train", whole_hash)
     traces: list[Trace] = []
@@ -46,7 +49,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             if spec.get("kind") == "replay":
                 checked = replay_spec(spec)
                 wanted = {item.id for item in asked}
-                found = replay(checked, task, items, split=split, data_dir=data_dir, wanted=wanted)
+                found = replay(checked, task, items, split=split, data_dir=data_dir, wanted=wanted, test=test)
                 new, lost, label, facts = found.traces, found.dropped, f"replay:{checked.name}:{checked.level or checked.style}", {}
                 rows_in += found.rows
             else:
