@@ -74,11 +74,6 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | 
     return Interval(float(x.mean()) - half, float(x.mean()) + half, "t")
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; None for fewer than two values."""
-    return None if len(values) < 2 else float(np.std(np.asarray(values, np.float64), ddof=1)) / math.sqrt(len(values))
-
-
 def ratio_mean(sums: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> tuple[float, float | None] | None:
     """Mean per unit of weight, sum(sums) / sum(weights), and its linearised standard error (None for one item).
 

@@ -20,7 +20,6 @@ LOG_FILE = "train_log.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _TOTALS = ("tokens", "trained_tokens", "skipped")  # reported as totals; the others as means
 _ORDER = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped")
-_TIMES = ("seconds", "tokens_per_second", "time")  # the only fields in which a resumed run's log differs
 
 
 class Window:
@@ -112,11 +111,6 @@ def read_log(folder: epath.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             break
     return found
-
-
-def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A log line without the fields that differ between two runs of the same training."""
-    return {name: value for name, value in line.items() if name not in _TIMES}
 
 
 def to_host(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
