@@ -91,6 +91,16 @@ class Artifact:
         return json.loads((self.path / f"{name}.json").read_text())
 
 
+@dataclasses.dataclass(frozen=True)
+class ArmRun:
+    """The artifacts of one (arm, seed), by node name. The arm ``base`` is the untrained student."""
+
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    artifacts: dict[str, Artifact]
+
+
 class ArtifactWriter:
     """An artifact being made. Process 0 writes; every process may commit its own chunks."""
 

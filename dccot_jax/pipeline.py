@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
 from dccot_jax.artifact import (
+    ArmRun,
     Artifact,
     ArtifactError,
     StageResult,
@@ -183,16 +184,6 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
         add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})
     return nodes
-
-
-@dataclasses.dataclass(frozen=True)
-class ArmRun:
-    """The artifacts of one (arm, seed), by node name. The arm ``base`` is the untrained student."""
-
-    arm: str
-    seed: int
-    config: dict[str, Any]
-    artifacts: dict[str, Artifact]
 
 
 def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") -> list[ArmRun]:

@@ -24,19 +24,24 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 def table(results: dict) -> str:
     """Markdown table: one row per task, untrained and trained student side by side."""
     cells = {(cell["arm"], cell["task"]): cell for cell in results["cells"]}
-    lines = [
-        "| task | relation | n | untrained | trained [95 % interval] | mean tokens | truncated | no answer | gold NLL, untrained → trained |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    heads = ("task", "relation", "n", "untrained", "trained [95 % interval]", "mean tokens", "truncated", "no answer", "gold NLL")
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for group, tasks in results["groups"].items():
         for task in tasks:
             base, trained = cells["base", task], cells["quickstart", task]
             low, high = trained["accuracy_flexible_interval"]
-            lines.append(
-                f"| {task} | {group} | {trained['n']} | {base['accuracy_flexible']:.1%} | {trained['accuracy_flexible']:.1%} [{low:.1%}, {high:.1%}] "
-                f"| {trained['mean_completion_tokens']:.0f} | {trained['truncation_rate']:.1%} | {trained['no_answer_rate']:.1%} "
-                f"| {base['gold_nll']['mean']:.2f} → {trained['gold_nll']['mean']:.2f} |"
+            row = (
+                task,
+                {"iid": "IID", "ood": "OOD", "cross": "cross-domain"}[group],
+                trained["n"],
+                f"{base['accuracy_flexible']:.1%}",
+                f"{trained['accuracy_flexible']:.1%} [{low:.1%}, {high:.1%}]",
+                f"{trained['mean_completion_tokens']:.0f}",
+                f"{trained['truncation_rate']:.1%}",
+                f"{trained['no_answer_rate']:.1%}",
+                f"{base['gold_nll']['mean']:.2f} → {trained['gold_nll']['mean']:.2f}",
             )
+            lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
 
 
@@ -53,7 +58,9 @@ def main(workdir: Path) -> None:
         page = (workdir / "report" / "report.html").resolve().as_uri()
         picture = ROOT / "docs" / "report.png"
         size = "--window-size=1200,1500"
-        subprocess.run([browser, *FLAGS, f"--user-data-dir={profile}", f"--screenshot={picture}", size, page], check=True, capture_output=True)
+        subprocess.run(
+            [browser, *FLAGS, f"--user-data-dir={profile}", f"--screenshot={picture}", size, page], check=True, capture_output=True
+        )
     print(f"wrote {readme} and {picture}")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils.epath import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dccot_jax.artifact import write_atomic, write_table
+from dccot_jax.artifact import ArmRun, write_atomic, write_table
 from dccot_jax.config import to_plain
 from dccot_jax.context import Context
 from dccot_jax.records import derive_seed
@@ -20,9 +20,6 @@ from dccot_jax.report.evaluations import Evaluation, read_evaluations
 from dccot_jax.report.html import draw_figures, render_page
 from dccot_jax.report.results import build_results, compare_arms, lm_eval_results, summarise_arms
 from dccot_jax.report.tables import print_tables
-
-if TYPE_CHECKING:
-    from dccot_jax.pipeline import ArmRun
 
 _WIDTH = 160  # of the table where there is no terminal to fit
 

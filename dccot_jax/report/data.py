@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils.epath import Path
 
-from dccot_jax.artifact import Artifact
-
-if TYPE_CHECKING:
-    from dccot_jax.pipeline import ArmRun
+from dccot_jax.artifact import ArmRun, Artifact
 
 FUNNEL = ("traces", "augment", "verify", "tokenize", "score", "select", "plan")
 _NOT_SIGNALS = ("id", "group_id")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dccot_jax.artifact import Artifact
-
-if TYPE_CHECKING:
-    from dccot_jax.pipeline import ArmRun
+from dccot_jax.artifact import ArmRun, Artifact
 
 BASE = "base"
 GROUPS = ("iid", "ood", "cross")
