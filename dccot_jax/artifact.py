@@ -152,7 +152,7 @@ class ArtifactWriter:
             return None
 
     def drop_chunks(self) -> None:
-        """Remove the chunk directory once its rows are merged into the artifact's tables."""
+        """Remove the chunks, whose rows stand in the artifact's tables; `finish` does so once the manifest is there."""
         if (self.path / "chunks").exists():
             (self.path / "chunks").rmtree()
 
@@ -201,7 +201,7 @@ def finish(
     files = {}
     for path in sorted(_walk(writer.path)):
         name = str(path.relative_to(writer.path))
-        if name != MANIFEST:
+        if name != MANIFEST and not name.startswith("chunks/"):
             files[name] = {"bytes": path.stat().length, "sha256": file_hash(path)}
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -223,6 +223,7 @@ def finish(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     writer.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    writer.drop_chunks()  # not before: a kill in between would repeat them
     return Artifact(writer.path, manifest)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(Path(sys.argv[1]) / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import transformers  # noqa: F401  (imported once, before the forks)
@@ -124,9 +125,8 @@ def main(root: Path, seed: int, kills: int) -> None:
         # Five kills that are sure to hit: in a first, second or third write, in the manifest. Then some at random moments,
         # the first of train's while a checkpoint is being written; the last of them may come too late.
         sure = [1, 1, rng.randint(1, 2), rng.randint(1, 3), 1 << 30]
-        outcomes = [attempt(rough, stage=stage, die_at_write=write) for write in sure[:kills]]
-        if stage == "train":
-            outcomes.append(attempt(rough, stage=stage, delay=0.0, marker="*.orbax-checkpoint-tmp*"))
+        outcomes = [attempt(rough, stage=stage, delay=0.0, marker="*.orbax-checkpoint-tmp*")] if stage == "train" else []
+        outcomes += [attempt(rough, stage=stage, die_at_write=write) for write in sure[:kills]]
         while len(outcomes) < kills + 2 and outcomes[-1] != "finished":
             outcomes.append(attempt(rough, stage=stage, delay=rng.uniform(0.0, max(seconds.get(stage, 0.1), 0.05))))
         counts[stage] = outcomes

@@ -120,6 +120,26 @@ def test_torn_chunk_counts_as_missing(tmp_path):
     assert second is None and not writer.chunk_path("s", 1).exists()
 
 
+def test_chunks_stay_until_the_manifest_is_written(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    writer = store.writer("traces", "a" * 64)
+    writer.commit_chunk("s", 0, pa.table({"id": ["a"]}))
+    write = artifact.write_atomic
+
+    def killed(path, data):
+        if str(path).endswith(artifact.MANIFEST):
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(artifact, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _finish(store)
+    assert writer.read_chunk("s", 0) is not None
+    monkeypatch.setattr(artifact, "write_atomic", write)
+    assert not any("chunks" in name for name in _finish(store).manifest["files"])
+    assert not (writer.path / "chunks").exists()
+
+
 def test_manifest_says_what_was_dropped(tmp_path):
     writer = Store(tmp_path).writer("verify", "c" * 64)
     counts = writer.write_dropped([records.Dropped("a", "leak", "x"), records.Dropped("b", "leak"), records.Dropped("c", "no_gold")])

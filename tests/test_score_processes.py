@@ -60,13 +60,8 @@ def score(folder: Path, index: int, processes: int, devices: list[Any]):
 
 
 def _worker(folder: Path, index: int, port: int) -> None:
-    from dccot_jax.artifact import ArtifactWriter
-
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, index)
-    drop = ArtifactWriter.drop_chunks
-    ArtifactWriter.drop_chunks = lambda self: None  # as if killed before the merge was cleaned up
     _, first = score(folder, index, PROCESSES, jax.devices())
-    ArtifactWriter.drop_chunks = drop
     chunks = sorted((folder / "score" / "chunks").glob("*-p1-*"))
     if index == 0:
         chunks[1].write_bytes(chunks[1].read_bytes()[:30])

@@ -92,7 +92,6 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     )
     counts = out.write_dropped(dropped)
     out.write_table("gold_dropped", dropped_to_table(lost))
-    out.drop_chunks()
     for name, metrics in tasks.items():
         ctx.log(f"  {name}: {_line(metrics)}")
     return StageResult(

@@ -81,7 +81,6 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     table = scores_table(kept, columns)
     out.write_table("scores", table)
     counts = out.write_dropped(sorted([*dropped, *bad], key=lambda d: d.id))
-    out.drop_chunks()
     facts |= {"student": {"kind": source.kind, "identity": source.identity}, "signals": sorted(columns)}
     return StageResult(
         table_hash(table),

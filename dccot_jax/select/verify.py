@@ -51,7 +51,6 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     table = traces_to_table(verified)
     out.write_table("traces", table)
     counts = out.write_dropped(dropped)
-    out.drop_chunks()
     right, wrong = (sum(trace.verdict is value for trace in verified) for value in (True, False))
     ctx.log(f"  {right:,} right, {wrong:,} wrong, {len(verified) - right - wrong:,} without verdict; dropped: {counts or 'none'}")
     ctx.barrier("verify")
