@@ -13,8 +13,12 @@ from dccot_jax.config import ConfigError
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
-def test_defaults_are_valid():
-    config_lib.validate(config_lib.default_config())
+def test_defaults_are_valid_and_untouched_by_the_check():
+    config = config_lib.default_config()
+    before = config_lib.resolved_text(config)
+    config_lib.validate(config)
+    assert config_lib.resolved_text(config) == before
+    assert list(config_lib.arms(config)) == ["run"] and config_lib.seeds(config) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,26 @@ from tiny import tiny_config
 from toy_task import TOY, install
 
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, resolved_text
 from dccot_jax.pipeline import graph
 from dccot_jax.preflight import check
 
 ARMS = ({"name": "one"}, {"name": "two", "train.steps": 3})
 
 
-def test_the_tiny_config_passes():
-    check(tiny_config())
-    check(tiny_config(arms=ARMS, report__compare=(("one", "two"), ("two", "base"))))
-    check(tiny_config(evaluate__limits={"synth_arithmetic": 0, "synth_arithmetic_long": 5}, mix__kind="teacher", mix__strong=("a",)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"arms": ARMS, "report__compare": (("one", "two"), ("two", "base"))},
+        {"evaluate__limits": {"synth_arithmetic": 0, "synth_arithmetic_long": 5}, "mix__kind": "teacher", "mix__strong": ("a",)},
+    ],
+)
+def test_what_can_work_passes_unchanged(changes):
+    config = tiny_config(**changes)
+    before = resolved_text(config)
+    check(config)
+    assert resolved_text(config) == before
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def theirs(torch, model, row: Row) -> list[float]:
     return [entropy, conditional / alone, np.exp(alone - conditional), -conditional, -alone, np.exp(-conditional)]
 
 
-def compare(torch, path, rows: list[Row]) -> None:
+def assert_equal_to_torch(torch, path, rows: list[Row]) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     expected = np.array([theirs(torch, model, row) for row in rows])
@@ -77,7 +77,7 @@ def test_scores_equal_torch_on_a_random_model(tmp_path, tied):
     rng = np.random.default_rng(0)
     lengths = [(5, 1), (20, 12), (40, 60), (280, 30), (3, 200)]
     rows = [Row(f"{i}", rng.integers(0, 211, p + c).astype(np.int32), p) for i, (p, c) in enumerate(lengths)]
-    compare(torch, tmp_path, rows)
+    assert_equal_to_torch(torch, tmp_path, rows)
 
 
 @pytest.mark.realdata
@@ -97,4 +97,4 @@ def test_scores_equal_torch_on_smollm2(smollm2_dir):
     for i, rendered in enumerate(render_many(tokenizer, pairs)):
         assert not isinstance(rendered, Exception)
         rows.append(Row(f"{i}", np.asarray(rendered.input_ids, np.int32), rendered.prompt_tokens))
-    compare(torch, smollm2_dir, rows)
+    assert_equal_to_torch(torch, smollm2_dir, rows)

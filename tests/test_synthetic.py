@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import re
 from typing import Any
 
@@ -336,7 +337,8 @@ def test_corpus_is_fixed_and_free_of_test_questions() -> None:
 
 def test_meta_is_json() -> None:
     for task in SIZES:
-        canonical_json(dict(load(task, "test")[0].meta))
+        meta = dict(load(task, "test")[0].meta)
+        assert meta and json.loads(canonical_json(meta)) == meta
 
 
 FIRST_QUESTIONS = [
