@@ -19,9 +19,10 @@ def get_config():
     c.score.signals = ("nll", "ifd_loss", "ifd_ppl", "entropy")
     c.score.warmup.steps = 60
     c.select.steps = ({"name": "teacher_correct"}, {"name": "threshold", "signal": "ifd_ppl", "max": 1.0})
-    c.train.steps = 750
+    c.train.steps = 500
     c.train.rows_per_step = 8
-    c.train.learning_rate = 3e-3
+    c.train.optimizer = "muon"
+    c.train.learning_rate = 4e-3
     c.train.warmup_steps = 30
     c.train.remat = "none"
     c.evaluate.limit = 200

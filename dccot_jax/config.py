@@ -18,6 +18,7 @@ AUGMENT_METHODS = ("rephrase", "question", "answer", "reverse")
 CURRICULA = ("none", "staged", "competence", "anti", "random_growing")
 MIXES = ("none", "length", "teacher", "domain")
 MIX_MODES = ("pooled", "per_question")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 TRAIN_FORMATS = ("cot", "no_cot")
 LOSS_MASKS = ("response", "full")
@@ -123,10 +124,12 @@ def default_config() -> ConfigDict:
     c.train.microbatches = 1
     c.train.loss_mask = "response"
     c.train.loss_weight = "token"
+    c.train.optimizer = "adamw"  # adamw | muon: Muon for the layers' matrices, AdamW for the rest
     c.train.learning_rate = 1e-3
     c.train.schedule = "cosine"
     c.train.warmup_steps = 20
     c.train.final_lr_share = 0.1
+    c.train.momentum = 0.95  # muon
     c.train.b1 = 0.9
     c.train.b2 = 0.95
     c.train.eps = 1e-8
@@ -260,6 +263,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "mix.mode", MIX_MODES)
     _one_of(config, "curriculum.kind", CURRICULA)
     _one_of(config, "curriculum.pacing", ("staged", "competence"))
+    _one_of(config, "train.optimizer", OPTIMIZERS)
     _one_of(config, "train.schedule", SCHEDULES)
     _one_of(config, "train.loss_mask", LOSS_MASKS)
     _one_of(config, "train.loss_weight", LOSS_WEIGHTS)

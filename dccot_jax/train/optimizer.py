@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay to a floor, clipping by global norm, and no weight decay on norms, biases and embeddings."""
+"""AdamW or Muon with warm-up, decay to a floor, clipping by global norm, and no weight decay on norms, biases and embeddings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dccot_jax.model.sharding import WEIGHT_AXES
+from dccot_jax.train.muon import scale_by_muon
 
 
 def make_schedule(train: Any, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -57,15 +58,17 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(train: Any) -> optax.GradientTransformation:
-    """AdamW up to the learning rate and the sign, which the step applies: update = -lr(n) · transform(gradient).
+    """The optimizer up to the learning rate and the sign, which the step applies: update = -lr(n) · transform(gradient).
 
-    Decoupled weight decay (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. The moments are float32
-    and have exactly the parameters' shardings.
+    "adamw" for every parameter, or "muon" for the layers' matrices and AdamW for the rest. Decoupled weight decay
+    (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. The moments are float32 and have exactly the
+    parameters' shardings.
     """
-    return optax.chain(
-        optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(train.weight_decay, mask=decay_mask),
-    )
+    transform = optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.float32)
+    if train.optimizer == "muon":
+        parts = {"muon": scale_by_muon(train.momentum), "adamw": transform}
+        transform = optax.partition(parts, lambda params: jax.tree.map(lambda p: "muon" if p.ndim == 3 else "adamw", params))
+    return optax.chain(transform, optax.add_decayed_weights(train.weight_decay, mask=decay_mask))
 
 
 def clip_scale(norm: jax.Array, clip_norm: float) -> jax.Array:
