@@ -13,13 +13,13 @@ def get_config():
     c = default_config()
     c.name = "quickstart"
     c.traces.task = "synth_arithmetic"
-    c.traces.questions = 6000
+    c.traces.questions = 8000
     c.traces.teachers = ({"kind": "scripted", "style": "verbose"},)
     c.score.student = "warmup"
     c.score.signals = ("nll", "ifd_loss", "ifd_ppl", "entropy")
     c.score.warmup.steps = 60
     c.select.steps = ({"name": "teacher_correct"}, {"name": "threshold", "signal": "ifd_ppl", "max": 1.0})
-    c.train.steps = 500
+    c.train.steps = 600
     c.train.rows_per_step = 8
     c.train.optimizer = "muon"
     c.train.learning_rate = 4e-3
