@@ -22,10 +22,10 @@ def get_config():
     c.traces.task = "synth_arithmetic"
     c.traces.questions = 8000
     c.traces.teachers = (VERBOSE,)
-    c.train.steps = 300
+    c.train.steps = 400
     c.train.rows_per_step = 8
     c.train.optimizer = "muon"
-    c.train.learning_rate = 4e-3
+    c.train.learning_rate = 5e-3
     c.train.warmup_steps = 30
     c.train.remat = "none"
     c.evaluate.limit = 200
