@@ -2,8 +2,8 @@
 
   dccot run --config=configs/quickstart.py --workdir=runs/quickstart
 
-Needs no downloads. Two CPU cores, about four minutes with a cold compilation cache. Expected: the trained student
-answers 97 to 99 % of the 500 IID test questions (seed 0; seeds 1 and 2 reach 88 and 89 %), the untrained one none.
+Needs no downloads. Two CPU cores, about three minutes with a cold compilation cache. Expected: the trained student
+answers 97 % or more of the 500 IID test questions (numbers in 0..19, 2 to 6 steps), the untrained one none.
 """
 
 from dccot_jax.config import default_config

@@ -5,7 +5,7 @@
 DIR is a Hugging Face directory of the student (default ~/.cache/dccot_jax/smollm2-135m-instruct). Use Python 3.12: its JAX
 runs bfloat16 matrix products about five times faster than float32 on CPUs that have them. At most 60 minutes on two
 cores; every stage resumes. Traces are selected by IFD (correct, ratio below 1, then the highest 60 %: those whose
-question helps the student least) and length-mixed; evaluation is greedy with 192 new tokens for every arm, beside the
+question helps the student least) and length-mixed to 1,000, one in five long; evaluation is greedy with 192 new tokens for every arm, beside the
 untrained student.
 """
 
@@ -42,6 +42,7 @@ def get_config():
     c.mix.kind = "length"
     c.mix.mode = "pooled"
     c.mix.alpha = 0.2
+    c.mix.total_examples = 1000
     c.mix.long = ("6", "4")
     c.train.epochs = 2.0
     c.train.row_tokens = 512
