@@ -8,7 +8,7 @@ from typing import Any
 
 from dccot_jax.records import normalise_question
 from dccot_jax.tasks.base import Item, Task
-from dccot_jax.tasks.loading import YES_NO_SUFFIX, Row, build_items, choice_suffix, loader
+from dccot_jax.tasks.loading import YES_NO_SUFFIX, Row, build_items, choice_suffix, file_loader, hub_task
 from dccot_jax.tasks.sources import letter_of, read_rows, split_options
 
 _CROSS = ("svamp", "gsm8k", "date_understanding", "bbh_tracking_shuffled_objects_three_objects")
@@ -78,14 +78,6 @@ def _read_inline_choice(row: Row) -> dict[str, Any]:
     return {"question": question, "choices": choices, "gold": gold}
 
 
-def _inline_loader(task: str, files: dict[str, str]) -> Callable[[str, Path], list[Item]]:
-    def local(split: str, data_dir: Path) -> list[Item]:
-        name = files[split]
-        return build_items(task, split, read_rows(data_dir, name, task=task), _read_inline_choice, name)
-
-    return local
-
-
 def _local_arc(split: str, data_dir: Path) -> list[Item]:
     name = f"arc/tinyllm/arc_{split}.json.gz"
     return build_items(
@@ -97,93 +89,69 @@ _OBQA = {"train": "openbookqa/eit/openbookQA_onlyans.json.gz", "test": "openbook
 _CSQA = {"train": "commonsenseqa/eit/commonsenseQA_onlyans.json.gz", "test": "commonsenseqa/eit/csqa_test.json.gz"}
 
 TASKS: tuple[Task, ...] = (
-    Task(
-        name="strategyqa",
+    hub_task(
+        "strategyqa",
         answer_type="yes_no",
         domain="commonsense",
         description="Yes/no questions that need implicit facts",
         hub="ChilleD/StrategyQA",
-        load=loader(
-            "strategyqa",
-            hub="ChilleD/StrategyQA",
-            hub_splits={"train": "train", "test": "test"},
-            read_hub=_read_strategyqa,
-            local=_local_strategyqa,
-        ),
+        read_hub=_read_strategyqa,
+        local=_local_strategyqa,
+        local_files=("strategyqa/train.json.gz", "strategyqa/dev.json.gz", "strategyqa/eit/strategyQA_test.json.gz"),
         prompt_suffix=YES_NO_SUFFIX,
-        iid=("strategyqa",),
         ood=("boolq", "commonsenseqa", "openbookqa"),
         cross=("gsm8k", "svamp", "date_understanding", "bbh_tracking_shuffled_objects_three_objects"),
-        local_files=("strategyqa/train.json.gz", "strategyqa/dev.json.gz", "strategyqa/eit/strategyQA_test.json.gz"),
     ),
-    Task(
-        name="boolq",
+    hub_task(
+        "boolq",
         answer_type="yes_no",
         domain="commonsense",
         description="Yes/no questions about a passage",
         hub="google/boolq",
-        load=loader("boolq", hub="google/boolq", hub_splits={"train": "train", "test": "validation"}, read_hub=_read_boolq),
+        hub_splits={"train": "train", "test": "validation"},
+        read_hub=_read_boolq,
         prompt_suffix=YES_NO_SUFFIX,
-        iid=("boolq",),
         ood=("strategyqa",),
         cross=("svamp", "gsm8k"),
-        local_files=("boolq/train.jsonl", "boolq/test.jsonl"),
     ),
-    Task(
-        name="commonsenseqa",
+    hub_task(
+        "commonsenseqa",
         answer_type="choice",
         domain="commonsense",
         description="Commonsense questions with five options (test = the official validation set)",
         hub="tau/commonsense_qa",
-        load=loader(
-            "commonsenseqa",
-            hub="tau/commonsense_qa",
-            hub_splits={"train": "train", "test": "validation"},
-            read_hub=_read_hub_choice,
-            local=_inline_loader("commonsenseqa", _CSQA),
-        ),
+        hub_splits={"train": "train", "test": "validation"},
+        read_hub=_read_hub_choice,
+        local=file_loader("commonsenseqa", _CSQA, _read_inline_choice),
+        local_files=tuple(_CSQA.values()),
         prompt_suffix=choice_suffix(5),
-        iid=("commonsenseqa",),
         ood=("openbookqa", "arc_challenge"),
         cross=_CROSS,
-        local_files=tuple(_CSQA.values()),
     ),
-    Task(
-        name="openbookqa",
+    hub_task(
+        "openbookqa",
         answer_type="choice",
         domain="science",
         description="Elementary science questions with four options",
         hub="allenai/openbookqa:main",
-        load=loader(
-            "openbookqa",
-            hub="allenai/openbookqa:main",
-            hub_splits={"train": "train", "test": "test"},
-            read_hub=_read_hub_choice,
-            local=_inline_loader("openbookqa", _OBQA),
-        ),
+        read_hub=_read_hub_choice,
+        local=file_loader("openbookqa", _OBQA, _read_inline_choice),
+        local_files=tuple(_OBQA.values()),
         prompt_suffix=choice_suffix(4),
-        iid=("openbookqa",),
         ood=("arc_challenge",),
         cross=_CROSS,
-        local_files=tuple(_OBQA.values()),
     ),
-    Task(
-        name="arc_challenge",
+    hub_task(
+        "arc_challenge",
         answer_type="choice",
         domain="science",
         description="Grade-school science exam questions, the hard part (local files: four options only)",
         hub="allenai/ai2_arc:ARC-Challenge",
-        load=loader(
-            "arc_challenge",
-            hub="allenai/ai2_arc:ARC-Challenge",
-            hub_splits={"train": "train", "test": "test"},
-            read_hub=_read_hub_choice,
-            local=_local_arc,
-        ),
+        read_hub=_read_hub_choice,
+        local=_local_arc,
+        local_files=("arc/tinyllm/arc_train.json.gz", "arc/tinyllm/arc_test.json.gz"),
         prompt_suffix=choice_suffix(4),
-        iid=("arc_challenge",),
         ood=("openbookqa",),
         cross=("svamp", "strategyqa"),
-        local_files=("arc/tinyllm/arc_train.json.gz", "arc/tinyllm/arc_test.json.gz"),
     ),
 )

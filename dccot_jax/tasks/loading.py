@@ -1,4 +1,4 @@
-"""Building a task's `load` function from a table of where each split comes from."""
+"""Building a task and its `load` function from a table of where each split comes from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dccot_jax.tasks.base import Item, TaskDataError, make_item, unique_items
+from dccot_jax.tasks.base import Item, Task, TaskDataError, make_item, unique_items
 from dccot_jax.tasks.sources import hub_rows, read_rows
 
 Row = Mapping[str, Any]
 RowReader = Callable[[Row], Mapping[str, Any] | None]  # row -> fields of make_item (question, gold, ...); None: not a usable row
 LocalLoader = Callable[[str, Path], list[Item]]
+TRAIN_TEST: Mapping[str, str] = {"train": "train", "test": "test"}
 
 NUMBER_SUFFIX = "\nReason step by step, then write the last line as 'The answer is N.' where N is a number."
 YES_NO_SUFFIX = "\nReason step by step, then write the last line as 'The answer is X.' where X is yes or no."
@@ -38,6 +39,41 @@ def build_items(task: str, split: str, rows: list[dict[str, Any]], reader: RowRe
     if not items:
         raise TaskDataError(f"task {task}: {where}: no usable rows for split {split!r}")
     return unique_items(items)
+
+
+def file_loader(task: str, files: Mapping[str, str], reader: RowReader) -> LocalLoader:
+    """The `local` of a task each of whose splits is one file under data_dir; `files` maps splits to paths."""
+
+    def local(split: str, data_dir: Path) -> list[Item]:
+        return build_items(task, split, read_rows(data_dir, files[split], task=task), reader, files[split])
+
+    return local
+
+
+def hub_task(
+    name: str,
+    *,
+    hub: str | None,
+    read_hub: RowReader,
+    hub_splits: Mapping[str, str] = TRAIN_TEST,
+    local: LocalLoader | None = None,
+    local_files: tuple[str, ...] = (),
+    **fields: Any,
+) -> Task:
+    """A task with the splits of `hub_splits`, loaded as `loader` says; in distribution with itself if it has a train split.
+
+    Args:
+      local, local_files: both or neither; without them one ``<name>/<split>.jsonl`` per split. fields: further fields of Task.
+    """
+    return Task(
+        name=name,
+        hub=hub,
+        load=loader(name, hub=hub, hub_splits=hub_splits, read_hub=read_hub, local=local),
+        splits=tuple(hub_splits),
+        iid=(name,) if "train" in hub_splits else (),
+        local_files=local_files if local else tuple(f"{name}/{split}.jsonl" for split in hub_splits),
+        **fields,
+    )
 
 
 def loader(

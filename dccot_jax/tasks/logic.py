@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dccot_jax.records import content_hash, normalise_question
-from dccot_jax.tasks.base import Item, Task
-from dccot_jax.tasks.loading import NUMBER_SUFFIX, YES_NO_SUFFIX, Row, build_items, choice_suffix, loader
-from dccot_jax.tasks.sources import read_rows, split_options
+from dccot_jax.tasks.base import Task
+from dccot_jax.tasks.loading import NUMBER_SUFFIX, YES_NO_SUFFIX, Row, choice_suffix, file_loader, hub_task
+from dccot_jax.tasks.sources import split_options
 
 # name -> (answer type, number of options, description)
 BBH = {
@@ -20,7 +19,6 @@ BBH = {
     "tracking_shuffled_objects_three_objects": ("choice", 3, "Who holds what after a series of swaps"),
 }
 _DATE_FILE = "date_understanding/date_understanding.json.gz"
-_DATE_HUB = "tasksource/bigbench:date_understanding"
 
 
 def _read_date(row: Row) -> dict[str, Any]:
@@ -40,10 +38,6 @@ def _read_date(row: Row) -> dict[str, Any]:
     return {"question": question.strip(), "choices": options, "gold": chr(ord("A") + right[0])}
 
 
-def _local_date(split: str, data_dir: Path) -> list[Item]:
-    return build_items("date_understanding", split, read_rows(data_dir, _DATE_FILE, task="date_understanding"), _read_date, _DATE_FILE)
-
-
 def _read_bbh(row: Row) -> dict[str, Any]:
     question, choices = split_options(row["input"])
     target = row["target"].strip()
@@ -54,37 +48,34 @@ def _read_bbh(row: Row) -> dict[str, Any]:
 
 def _bbh(name: str) -> Task:
     answer_type, n_choices, description = BBH[name]
-    task = f"bbh_{name}"
-    file = f"bbh/{name}.json.gz"
-
-    def local(split: str, data_dir: Path) -> list[Item]:
-        return build_items(task, split, read_rows(data_dir, file, task=task), _read_bbh, file)
-
+    task, file = f"bbh_{name}", f"bbh/{name}.json.gz"
     suffix = {"yes_no": YES_NO_SUFFIX.replace("yes or no", "True or False"), "number": NUMBER_SUFFIX}.get(answer_type)
-    return Task(
-        name=task,
+    return hub_task(
+        task,
         answer_type=answer_type,
         domain="logic",
         description=description,
         hub=f"lukaemon/bbh:{name}",
-        load=loader(task, hub=f"lukaemon/bbh:{name}", hub_splits={"test": "test"}, read_hub=_read_bbh, local=local),
-        splits=("test",),
-        prompt_suffix=suffix or choice_suffix(n_choices),
+        hub_splits={"test": "test"},
+        read_hub=_read_bbh,
+        local=file_loader(task, {"test": file}, _read_bbh),
         local_files=(file,),
+        prompt_suffix=suffix or choice_suffix(n_choices),
     )
 
 
 TASKS: tuple[Task, ...] = (
-    Task(
-        name="date_understanding",
+    hub_task(
+        "date_understanding",
         answer_type="choice",
         domain="logic",
         description="Dates from a short story (BIG-bench, 369 questions)",
-        hub=_DATE_HUB,
-        load=loader("date_understanding", hub=_DATE_HUB, hub_splits={"test": "train"}, read_hub=_read_date, local=_local_date),
-        splits=("test",),
-        prompt_suffix=choice_suffix(6),
+        hub="tasksource/bigbench:date_understanding",
+        hub_splits={"test": "train"},
+        read_hub=_read_date,
+        local=file_loader("date_understanding", {"test": _DATE_FILE}, _read_date),
         local_files=(_DATE_FILE,),
+        prompt_suffix=choice_suffix(6),
     ),
     *(_bbh(name) for name in BBH),
 )

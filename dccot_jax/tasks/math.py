@@ -9,7 +9,7 @@ from typing import Any
 
 from dccot_jax.records import normalise_question
 from dccot_jax.tasks.base import Item, Task, TaskDataError, make_item
-from dccot_jax.tasks.loading import LATEX_SUFFIX, NUMBER_SUFFIX, Row, build_items, choice_suffix, loader
+from dccot_jax.tasks.loading import LATEX_SUFFIX, NUMBER_SUFFIX, LocalLoader, Row, build_items, choice_suffix, file_loader, hub_task
 from dccot_jax.tasks.rational import exact
 from dccot_jax.tasks.sources import number_text, read_rows
 
@@ -30,21 +30,12 @@ def read_gsm8k(row: Row) -> dict[str, Any]:
     return {"question": row["question"].strip(), "gold": gold.strip().replace(",", ""), "rationale": rationale, "n_steps": steps}
 
 
-def _local_gsm8k(split: str, data_dir: Path) -> list[Item]:
-    name = f"gsm8k/{split}.jsonl.gz"
-    return build_items("gsm8k", split, read_rows(data_dir, name, task="gsm8k"), read_gsm8k, name)
-
-
 def _read_pal(row: Row) -> dict[str, Any]:
     return {"question": row["input"].strip(), "gold": number_text(row["target"])}
 
 
-def _pal_loader(task: str, stem: str):
-    def local(split: str, data_dir: Path) -> list[Item]:
-        name = f"{_PAL}/{stem}.jsonl.gz"
-        return build_items(task, split, read_rows(data_dir, name, task=task), _read_pal, name)
-
-    return local
+def _pal_loader(task: str, stem: str) -> LocalLoader:
+    return file_loader(task, {"test": f"{_PAL}/{stem}.jsonl.gz"}, _read_pal)
 
 
 # --- SVAMP --------------------------------------------------------------------------------------------------------------
@@ -139,62 +130,59 @@ def _read_aqua(row: Row) -> dict[str, Any]:
 
 
 def _number_task(name: str, description: str, **fields: Any) -> Task:
-    return Task(name=name, answer_type="number", domain="math", description=description, prompt_suffix=NUMBER_SUFFIX, **fields)
+    return hub_task(name, answer_type="number", domain="math", description=description, prompt_suffix=NUMBER_SUFFIX, **fields)
 
+
+_GSM8K = {"train": "gsm8k/train.jsonl.gz", "test": "gsm8k/test.jsonl.gz"}
+_TEST_ONLY = {"test": "test"}
 
 TASKS: tuple[Task, ...] = (
     _number_task(
         "gsm8k",
         "Grade-school word problems of 2 to 8 steps, human solutions",
         hub="openai/gsm8k:main",
-        load=loader(
-            "gsm8k", hub="openai/gsm8k:main", hub_splits={"train": "train", "test": "test"}, read_hub=read_gsm8k, local=_local_gsm8k
-        ),
-        iid=("gsm8k",),
+        read_hub=read_gsm8k,
+        local=file_loader("gsm8k", _GSM8K, read_gsm8k),
+        local_files=tuple(_GSM8K.values()),
         ood=("gsm_hard", "svamp", "asdiv", "mawps", "math500"),
         cross=(*_CROSS, "aqua"),
-        local_files=("gsm8k/train.jsonl.gz", "gsm8k/test.jsonl.gz"),
     ),
     _number_task(
         "svamp",
         "One-step word problems with distractors; local test = the 300 rows in no teacher file",
         hub="ChilleD/SVAMP",
-        load=loader("svamp", hub="ChilleD/SVAMP", hub_splits={"train": "train", "test": "test"}, read_hub=read_svamp, local=_local_svamp),
-        iid=("svamp",),
+        read_hub=read_svamp,
+        local=_local_svamp,
+        local_files=("svamp/SVAMP.json.gz", "svamp/eit/SVAMP_only_ans.json.gz"),
         ood=("asdiv", "mawps", "gsm8k"),
         cross=_CROSS,
-        local_files=("svamp/SVAMP.json.gz", "svamp/eit/SVAMP_only_ans.json.gz"),
     ),
     _number_task(
         "asdiv",
         "Diverse one- and two-step word problems with numeric answers",
         hub="EleutherAI/asdiv",
-        load=loader(
-            "asdiv", hub="EleutherAI/asdiv", hub_splits={"test": "validation"}, read_hub=_read_asdiv, local=_pal_loader("asdiv", "asdiv")
-        ),
-        splits=("test",),
+        hub_splits={"test": "validation"},
+        read_hub=_read_asdiv,
+        local=_pal_loader("asdiv", "asdiv"),
         local_files=(f"{_PAL}/asdiv.jsonl.gz",),
     ),
     _number_task(
         "mawps",
         "MAWPS: AddSub, MultiArith, SingleEq and SingleOp without repeats",
         hub="MU-NLPC/Calc-mawps",
-        load=loader("mawps", hub="MU-NLPC/Calc-mawps", hub_splits={"test": "test"}, read_hub=_read_calc_mawps, local=_local_mawps),
-        splits=("test",),
+        hub_splits=_TEST_ONLY,
+        read_hub=_read_calc_mawps,
+        local=_local_mawps,
         local_files=tuple(f"{_PAL}/mawps{part}.jsonl.gz" for part in MAWPS_PARTS),
     ),
     *(
         _number_task(
             f"mawps_{part}",
             f"The {part} part of MAWPS",
-            load=loader(
-                f"mawps_{part}",
-                hub=None,
-                hub_splits={"test": "test"},
-                read_hub=_read_pal,
-                local=_pal_loader(f"mawps_{part}", f"mawps{part}"),
-            ),
-            splits=("test",),
+            hub=None,
+            hub_splits=_TEST_ONLY,
+            read_hub=_read_pal,
+            local=_pal_loader(f"mawps_{part}", f"mawps{part}"),
             local_files=(f"{_PAL}/mawps{part}.jsonl.gz",),
         )
         for part in MAWPS_PARTS
@@ -203,38 +191,30 @@ TASKS: tuple[Task, ...] = (
         "gsm_hard",
         "GSM8K test questions with larger numbers (a quarter are unchanged)",
         hub="reasoning-machines/gsm-hard",
-        load=loader(
-            "gsm_hard",
-            hub="reasoning-machines/gsm-hard",
-            hub_splits={"test": "train"},
-            read_hub=_read_pal,
-            local=_pal_loader("gsm_hard", "gsmhardv2"),
-        ),
-        splits=("test",),
+        hub_splits={"test": "train"},
+        read_hub=_read_pal,
+        local=_pal_loader("gsm_hard", "gsmhardv2"),
         local_files=(f"{_PAL}/gsmhardv2.jsonl.gz",),
     ),
-    Task(
-        name="math500",
+    hub_task(
+        "math500",
         answer_type="latex",
         domain="math",
         description="500 competition problems of the MATH test set",
         hub="HuggingFaceH4/MATH-500",
-        load=loader("math500", hub="HuggingFaceH4/MATH-500", hub_splits={"test": "test"}, read_hub=_read_math500),
-        splits=("test",),
+        hub_splits=_TEST_ONLY,
+        read_hub=_read_math500,
         prompt_suffix=LATEX_SUFFIX,
-        local_files=("math500/test.jsonl",),
     ),
-    Task(
-        name="aqua",
+    hub_task(
+        "aqua",
         answer_type="choice",
         domain="math",
         description="Algebra word problems with five options and rationales",
         hub="deepmind/aqua_rat:raw",
-        load=loader("aqua", hub="deepmind/aqua_rat:raw", hub_splits={"train": "train", "test": "test"}, read_hub=_read_aqua),
+        read_hub=_read_aqua,
         prompt_suffix=choice_suffix(5),
-        iid=("aqua",),
         ood=("gsm8k", "math500"),
         cross=("strategyqa", "commonsenseqa"),
-        local_files=("aqua/train.jsonl", "aqua/test.jsonl"),
     ),
 )

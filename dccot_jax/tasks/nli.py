@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dccot_jax.tasks.base import Task
-from dccot_jax.tasks.loading import Row, choice_suffix, loader
+from dccot_jax.tasks.loading import Row, choice_suffix, hub_task
 
 OPTIONS = ("entailment", "neutral", "contradiction")
 
@@ -21,31 +21,17 @@ def _read(row: Row) -> dict[str, Any] | None:
     return {"question": question, "choices": OPTIONS, "gold": "ABC"[label], "rationale": (rationale or "").strip() or None}
 
 
+_SHARED: dict[str, Any] = {"answer_type": "choice", "domain": "nli", "prompt_suffix": choice_suffix(3), "cross": ("strategyqa", "svamp")}
+
 TASKS: tuple[Task, ...] = (
-    Task(
-        name="anli_r3",
-        answer_type="choice",
-        domain="nli",
+    hub_task(
+        "anli_r3",
         description="Adversarial NLI, round 3",
         hub="facebook/anli",
-        load=loader("anli_r3", hub="facebook/anli", hub_splits={"train": "train_r3", "test": "test_r3"}, read_hub=_read),
-        prompt_suffix=choice_suffix(3),
-        iid=("anli_r3",),
+        hub_splits={"train": "train_r3", "test": "test_r3"},
+        read_hub=_read,
         ood=("esnli",),
-        cross=("strategyqa", "svamp"),
-        local_files=("anli_r3/train.jsonl", "anli_r3/test.jsonl"),
+        **_SHARED,
     ),
-    Task(
-        name="esnli",
-        answer_type="choice",
-        domain="nli",
-        description="SNLI with human explanations",
-        hub="esnli/esnli",
-        load=loader("esnli", hub="esnli/esnli", hub_splits={"train": "train", "test": "test"}, read_hub=_read),
-        prompt_suffix=choice_suffix(3),
-        iid=("esnli",),
-        ood=("anli_r3",),
-        cross=("strategyqa", "svamp"),
-        local_files=("esnli/train.jsonl", "esnli/test.jsonl"),
-    ),
+    hub_task("esnli", description="SNLI with human explanations", hub="esnli/esnli", read_hub=_read, ood=("anli_r3",), **_SHARED),
 )
