@@ -16,7 +16,8 @@ import re
 from typing import Any
 
 from dccot_jax.tasks.base import Item
-from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item, sentences
+from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item
+from dccot_jax.tasks.synthetic.wording import first_match, other_form, patterns, read_story, reworded
 
 GAINS = (
     "finds {} more", "buys {} more", "wins {} more", "picks {} more", "makes {} more", "gets {} more",
@@ -42,15 +43,8 @@ STEPS = {"synth_arithmetic": (2, 6), "synth_arithmetic_long": (7, 9), "synth_ari
 _SIGN = {template: (1 if template in GAINS else -1) for template in TEMPLATES}
 _NUMBER = re.compile(r"\b(\d+|x)\b")
 _CLAUSE = re.compile(r"(?:Then )?(?:She|He|she|he) (.+)\.")
-
-
-def _pattern(form: str) -> re.Pattern[str]:
-    fields = {"name": "(?P<name>[A-Z][a-z]+)", "item": "(?P<item>[a-z]+)", "start": r"(?P<start>\d+|x)"}
-    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fields[m.group(1)], re.escape(form)))
-
-
-_INTRO_PATTERNS = tuple(_pattern(form) for form in INTROS)
-_CLOSER_PATTERNS = tuple(_pattern(form) for form in CLOSERS)
+_INTRO_PATTERNS = patterns(INTROS)
+_CLOSER_PATTERNS = patterns(CLOSERS)
 _RESULT = re.compile(r"Now (?P<name>[A-Z][a-z]+) has (?P<result>\d+) (?P<item>[a-z]+)\.")
 _BACKWARD_ASK = re.compile(r"What is x\?")
 
@@ -116,11 +110,11 @@ class Arithmetic(Family[Problem, Backward]):
         return " ".join([*_story(problem), CLOSERS[problem.closer].format(name=problem.name, item=problem.item)])
 
     def parse(self, text: str) -> Problem | None:
-        story = _read_story(sentences(text))
+        story = _read_story(text)
         if story is None:
             return None
         problem, masked, rest = story
-        match = _first_match(_CLOSER_PATTERNS, rest[0]) if rest else None
+        match = first_match(_CLOSER_PATTERNS, rest[0]) if rest else None
         if match is None or masked or not problem.steps or match[1]["name"] != problem.name or match[1]["item"] != problem.item:
             return None
         return dataclasses.replace(problem, closer=match[0])
@@ -152,13 +146,8 @@ class Arithmetic(Family[Problem, Backward]):
         return " ".join(lines)
 
     def rephrase(self, problem: Problem, rng: random.Random) -> str:
-        def other(pool: tuple[str, ...], current: str) -> str:
-            return rng.choice([template for template in pool if template != current])
-
-        steps = tuple((other(next(p for p in (GAINS, LOSSES, ACCIDENTS) if template in p), template), n) for template, n in problem.steps)
-        intro = (problem.intro + rng.randint(1, len(INTROS) - 1)) % len(INTROS)
-        closer = (problem.closer + rng.randint(1, len(CLOSERS) - 1)) % len(CLOSERS)
-        return self.render(dataclasses.replace(problem, steps=steps, intro=intro, closer=closer))
+        steps = tuple((other_form(rng, template, GAINS, LOSSES, ACCIDENTS), n) for template, n in problem.steps)
+        return self.render(reworded(problem, rng, INTROS, CLOSERS, steps=steps))
 
     def task_of(self, problem: Problem) -> str:
         counts = [problem.start]
@@ -177,7 +166,7 @@ class Arithmetic(Family[Problem, Backward]):
         return " ".join([*story, f"Now {problem.name} has {self.answer(problem)} {problem.item}.", "What is x?"])
 
     def parse_backward(self, text: str) -> Backward | None:
-        story = _read_story(sentences(text))
+        story = _read_story(text)
         if story is None:
             return None
         problem, masked, rest = story
@@ -268,37 +257,13 @@ def _story(problem: Problem, masked: int | None = None) -> list[str]:
     return [intro, *(f"{who} {template.format(number)}." for (template, _), number in zip(problem.steps, numbers[1:]))]
 
 
-def _read_story(parts: list[str]) -> tuple[Problem, list[int], list[str]] | None:
-    """Problem told by the last story in `parts`, which of its numbers are x, and the sentences after it."""
-    for first in range(len(parts) - 1, -1, -1):
-        found = _first_match(_INTRO_PATTERNS, parts[first])
-        if found:
-            break
-    else:
+def _read_story(text: str) -> tuple[Problem, list[int], list[str]] | None:
+    """Problem told by the last story in `text`, which of its numbers are x, and the sentences after it."""
+    story = read_story(text, _INTRO_PATTERNS, _CLAUSE, _NUMBER, _SIGN)
+    if story is None:
         return None
-    intro, match = found
-    steps: list[tuple[str, int]] = []
-    masked = [0] if match["start"] == "x" else []
-    rest = parts[first + 1 :]
-    while rest:
-        clause = _CLAUSE.fullmatch(rest[0])
-        number = _NUMBER.search(clause[1]) if clause else None
-        if clause is None or number is None:
-            break
-        template = clause[1][: number.start()] + "{}" + clause[1][number.end() :]
-        if template not in _SIGN:
-            return None
-        if number[1] == "x":
-            masked.append(len(steps) + 1)
-        steps.append((template, 0 if number[1] == "x" else int(number[1])))
-        rest = rest[1:]
-    start = 0 if match["start"] == "x" else int(match["start"])
-    return Problem(match["name"], match["item"], start, tuple(steps), intro), masked, rest
-
-
-def _first_match(patterns: tuple[re.Pattern[str], ...], text: str) -> tuple[int, re.Match[str]] | None:
-    for index, pattern in enumerate(patterns):
-        match = pattern.fullmatch(text)
-        if match:
-            return index, match
-    return None
+    written = [story.intro["start"], *(number[1] for _, number in story.clauses)]
+    start, *changes = (0 if number == "x" else int(number) for number in written)
+    steps = tuple((template, n) for (template, _), n in zip(story.clauses, changes))
+    masked = [place for place, number in enumerate(written) if number == "x"]
+    return Problem(story.intro["name"], story.intro["item"], start, steps, story.form), masked, story.rest

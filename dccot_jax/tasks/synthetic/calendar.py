@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 from dccot_jax.tasks.base import Item
-from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item, sentences
+from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item
+from dccot_jax.tasks.synthetic.wording import Story, first_match, other_form, patterns, read_story, reworded
 
 INTROS = ("{name} is at {date}.", "{name} starts at {date}.", "The calendar of {name} shows {date}.")
 AHEAD = ("moves {} ahead", "counts {} ahead", "goes {} forward")
@@ -22,19 +23,11 @@ CLOSERS = ("What date does {name} reach?", "At what date is {name} now?", "What 
 STEPS = (2, 4)
 EPOCH, SPAN = datetime.date(2023, 1, 1), 1096  # first start date, number of start dates
 
-_DATE = r"(?P<date>\d\d/\d\d/\d{4}|x)"
 _SIGN = {template: (1 if template in AHEAD else -1) for template in AHEAD + BACK}
 _CLAUSE = re.compile(r"(?:She|He|she|he) (.+)\.")
 _AMOUNT = re.compile(r"(\d+) (day|week)s?\b")
-
-
-def _pattern(form: str) -> re.Pattern[str]:
-    fields = {"name": "(?P<name>[A-Z][a-z]+)", "date": _DATE}
-    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fields[m.group(1)], re.escape(form)))
-
-
-_INTRO_PATTERNS = tuple(_pattern(form) for form in INTROS)
-_CLOSER_PATTERNS = tuple(_pattern(form) for form in CLOSERS)
+_INTRO_PATTERNS = patterns(INTROS)
+_CLOSER_PATTERNS = patterns(CLOSERS)
 _RESULT = re.compile(r"Now (?P<name>[A-Z][a-z]+) is at (?P<date>\d\d/\d\d/\d{4})\.")
 _BACKWARD_ASK = re.compile(r"What date is x\?")
 
@@ -83,16 +76,13 @@ class Calendar(Family[Problem, Backward]):
         return " ".join([*_story(problem, _written(problem.start)), CLOSERS[problem.closer].format(name=problem.name)])
 
     def parse(self, text: str) -> Problem | None:
-        story = _read_story(sentences(text))
-        if story is None or story[1] == "x" or not story[3]:
+        story = _read_story(text)
+        if story is None or story.intro["date"] == "x" or not story.rest:
             return None
-        name, date, moves, rest, intro = story
-        start = _read_date(date)
-        for closer, pattern in enumerate(_CLOSER_PATTERNS):
-            match = pattern.fullmatch(rest[0])
-            if match and match["name"] == name and start and moves:
-                return Problem(name, start, moves, intro, closer)
-        return None
+        start, closer = _read_date(story.intro["date"]), first_match(_CLOSER_PATTERNS, story.rest[0])
+        if start is None or closer is None or closer[1]["name"] != story.intro["name"] or not story.clauses:
+            return None
+        return Problem(story.intro["name"], start, _moves(story), story.form, closer[0])
 
     def has_feature(self, problem: Problem) -> bool:
         return any(unit == "week" for _, _, unit in problem.moves)
@@ -126,13 +116,8 @@ class Calendar(Family[Problem, Backward]):
         return " ".join(lines)
 
     def rephrase(self, problem: Problem, rng: random.Random) -> str:
-        def other(template: str) -> str:
-            return rng.choice([form for form in (AHEAD if template in AHEAD else BACK) if form != template])
-
-        moves = tuple((other(template), n, unit) for template, n, unit in problem.moves)
-        intro = (problem.intro + rng.randint(1, len(INTROS) - 1)) % len(INTROS)
-        closer = (problem.closer + rng.randint(1, len(CLOSERS) - 1)) % len(CLOSERS)
-        return self.render(dataclasses.replace(problem, moves=moves, intro=intro, closer=closer))
+        moves = tuple((other_form(rng, template, AHEAD, BACK), n, unit) for template, n, unit in problem.moves)
+        return self.render(reworded(problem, rng, INTROS, CLOSERS, moves=moves))
 
     def task_of(self, problem: Problem) -> str:
         return "synth_calendar"
@@ -145,13 +130,12 @@ class Calendar(Family[Problem, Backward]):
         return " ".join([*_story(problem, "x"), f"Now {problem.name} is at {self.answer(problem)}.", "What date is x?"])
 
     def parse_backward(self, text: str) -> Backward | None:
-        story = _read_story(sentences(text))
-        if story is None or story[1] != "x" or len(story[3]) < 2:
+        story = _read_story(text)
+        if story is None or story.intro["date"] != "x" or len(story.rest) < 2:
             return None
-        name, _, moves, rest, _ = story
-        result = _RESULT.fullmatch(rest[0])
+        name, moves, result = story.intro["name"], _moves(story), _RESULT.fullmatch(story.rest[0])
         date = _read_date(result["date"]) if result and result["name"] == name else None
-        return Backward(name, moves, date) if date and moves and _BACKWARD_ASK.fullmatch(rest[1]) else None
+        return Backward(name, moves, date) if date and moves and _BACKWARD_ASK.fullmatch(story.rest[1]) else None
 
     def solve_backward(self, backward: Backward, style: str, path: str = "own") -> tuple[str, str]:
         date = backward.result
@@ -224,25 +208,9 @@ def _story(problem: Problem, date: str) -> list[str]:
     return [INTROS[problem.intro].format(name=problem.name, date=date), *(f"{who} {_said(move)}." for move in problem.moves)]
 
 
-def _read_story(parts: list[str]) -> tuple[str, str, tuple[tuple[str, int, str], ...], list[str], int] | None:
-    """Name, start date text, moves, the sentences after them, and the intro's form, of the last story in `parts`."""
-    for first in range(len(parts) - 1, -1, -1):
-        found = [(form, match) for form, pattern in enumerate(_INTRO_PATTERNS) if (match := pattern.fullmatch(parts[first]))]
-        if found:
-            break
-    else:
-        return None
-    intro, match = found[0]
-    moves: list[tuple[str, int, str]] = []
-    rest = parts[first + 1 :]
-    while rest:
-        clause = _CLAUSE.fullmatch(rest[0])
-        amount = _AMOUNT.search(clause[1]) if clause else None
-        if clause is None or amount is None:
-            break
-        template = clause[1][: amount.start()] + "{}" + clause[1][amount.end() :]
-        if template not in _SIGN:
-            return None
-        moves.append((template, int(amount[1]), amount[2]))
-        rest = rest[1:]
-    return match["name"], match["date"], tuple(moves), rest, intro
+def _read_story(text: str) -> Story | None:
+    return read_story(text, _INTRO_PATTERNS, _CLAUSE, _AMOUNT, _SIGN)
+
+
+def _moves(story: Story) -> tuple[tuple[str, int, str], ...]:
+    return tuple((template, int(amount[1]), amount[2]) for template, amount in story.clauses)

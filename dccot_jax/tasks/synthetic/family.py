@@ -26,8 +26,6 @@ P_FEATURE = 0.48  # share of questions that carry the family's noise feature; se
 
 PATHS = ("own", "grouped", "narrated", "chained")  # answer paths; "own" is the teacher's own style
 
-_SENTENCE = re.compile(r"[^.?!\n]+[.?!]")
-_TAG = re.compile(r"^(?:Question|Problem|Q)(?: \d)?\s*:\s*")
 _OPTION = re.compile(r"\(([A-J])\)\s*([^()\n]+)")
 
 
@@ -119,11 +117,6 @@ def generate_item(
     while skeleton_split(family.name, family.skeleton(problem)) != split:
         problem = family.sample(rng, task)
     return make_item(task, split, family.render(problem), rationale=family.rationale(problem, "verbose"), **describe(problem))
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of `text` with their closing mark, without a leading ``Question:``; line ends separate sentences too."""
-    return [_TAG.sub("", match.strip()) for match in _SENTENCE.findall(text)]
 
 
 def options(text: str) -> dict[str, str]:

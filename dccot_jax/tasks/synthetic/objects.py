@@ -12,7 +12,8 @@ import re
 from typing import Any
 
 from dccot_jax.tasks.base import Item
-from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item, sentences, unit_hash
+from dccot_jax.tasks.synthetic.family import NAMES, P_FEATURE, Family, generate_item, unit_hash
+from dccot_jax.tasks.synthetic.wording import NAME, first_match, other_form, patterns, reworded, sentences
 
 INTROS = ("{name} has the {thing}.", "{name} holds the {thing}.", "{name} starts with the {thing}.")
 SWAPS = ("{a} and {b} swap.", "{a} swaps with {b}.", "{a} and {b} switch.")
@@ -21,19 +22,11 @@ CLOSERS = ("What does {name} have now?", "What does {name} have in the end?", "W
 THINGS = ("ball", "cup", "key", "book", "hat", "pen")
 STEPS = (2, 5)
 
-_N = "([A-Z][a-z]+)"
-
-
-def _pattern(form: str) -> re.Pattern[str]:
-    fields = {"name": "(?P<name>[A-Z][a-z]+)", "thing": "(?P<thing>[a-z]+)", "a": "(?P<a>[A-Z][a-z]+)", "b": "(?P<b>[A-Z][a-z]+)"}
-    return re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fields[m.group(1)], re.escape(form)))
-
-
-_INTRO_PATTERNS = tuple(_pattern(form) for form in INTROS)
-_SWAP_PATTERNS = tuple((form, _pattern(form)) for form in SWAPS + TRADES)
-_CLOSER_PATTERNS = tuple(_pattern(form) for form in CLOSERS)
-_END = re.compile(f"In the end {_N} has the ([a-z]+)\\.")
-_ASK_START = re.compile(f"What did {_N} have at first\\?")
+_INTRO_PATTERNS = patterns(INTROS)
+_SWAP_PATTERNS = patterns(SWAPS + TRADES)
+_CLOSER_PATTERNS = patterns(CLOSERS)
+_END = re.compile(f"In the end ({NAME}) has the ([a-z]+)\\.")
+_ASK_START = re.compile(f"What did ({NAME}) have at first\\?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +86,17 @@ class Objects(Family[Problem, Backward]):
         parts = sentences(text)
         intro, people, things, rest = 0, [], [], []
         for first, part in enumerate(parts):
-            for form, pattern in enumerate(_INTRO_PATTERNS):
-                if match := pattern.fullmatch(part):
-                    intro, rest = form, parts[first + 1 :]
-                    people.append(match["name"])
-                    things.append(match["thing"])
+            if found := first_match(_INTRO_PATTERNS, part):
+                intro, rest = found[0], parts[first + 1 :]
+                people.append(found[1]["name"])
+                things.append(found[1]["thing"])
         swaps, rest = _read_swaps(rest, people)
         if len(set(people)) < 2 or len(set(people)) != len(people) or len(set(things)) != len(things) or not swaps or not rest:
             return None
-        for closer, pattern in enumerate(_CLOSER_PATTERNS):
-            match = pattern.fullmatch(rest[0])
-            if match and match["name"] in people:
-                return Problem(tuple(people), tuple(things), tuple(swaps), people.index(match["name"]), intro, closer)
-        return None
+        closer = first_match(_CLOSER_PATTERNS, rest[0])
+        if closer is None or closer[1]["name"] not in people:
+            return None
+        return Problem(tuple(people), tuple(things), tuple(swaps), people.index(closer[1]["name"]), intro, closer[0])
 
     def has_feature(self, problem: Problem) -> bool:
         template, a, b = problem.swaps[-1]
@@ -140,13 +131,8 @@ class Objects(Family[Problem, Backward]):
         return " ".join([*lines, f"{problem.people[at]} has the {problem.things[at]} at first."])
 
     def rephrase(self, problem: Problem, rng: random.Random) -> str:
-        def other(template: str) -> str:
-            return rng.choice([form for form in (TRADES if template in TRADES else SWAPS) if form != template])
-
-        swaps = tuple((other(template), b, a) for template, a, b in problem.swaps)
-        intro = (problem.intro + rng.randint(1, len(INTROS) - 1)) % len(INTROS)
-        closer = (problem.closer + rng.randint(1, len(CLOSERS) - 1)) % len(CLOSERS)
-        return self.render(dataclasses.replace(problem, swaps=swaps, intro=intro, closer=closer))
+        swaps = tuple((other_form(rng, template, SWAPS, TRADES), b, a) for template, a, b in problem.swaps)
+        return self.render(reworded(problem, rng, INTROS, CLOSERS, swaps=swaps))
 
     def task_of(self, problem: Problem) -> str:
         return "synth_objects"
@@ -170,7 +156,7 @@ class Objects(Family[Problem, Backward]):
             return None
         ask = _ASK_START.fullmatch(parts[ends[-1][0] + 1])
         first = ends[0][0]
-        while first and any(pattern.fullmatch(parts[first - 1]) for _, pattern in _SWAP_PATTERNS):
+        while first and first_match(_SWAP_PATTERNS, parts[first - 1]):
             first -= 1
         swaps, rest = _read_swaps(parts[first : ends[0][0]], people)
         if ask is None or ask[1] not in people or not swaps or rest:
@@ -228,9 +214,9 @@ def _read_swaps(parts: list[str], people: list[str]) -> tuple[list[tuple[str, in
     """Leading swaps of `parts` and the sentences after them; stops at the first sentence that is no swap of known people."""
     swaps: list[tuple[str, int, int]] = []
     for index, part in enumerate(parts):
-        found = [(form, match) for form, pattern in _SWAP_PATTERNS if (match := pattern.fullmatch(part))]
-        if not found or not {found[0][1]["a"], found[0][1]["b"]} <= set(people):
+        found = first_match(_SWAP_PATTERNS, part)
+        if found is None or not {found[1]["a"], found[1]["b"]} <= set(people):
             return swaps, parts[index:]
-        form, match = found[0]
-        swaps.append((form, people.index(match["a"]), people.index(match["b"])))
+        form, match = found
+        swaps.append(((SWAPS + TRADES)[form], people.index(match["a"]), people.index(match["b"])))
     return swaps, []
