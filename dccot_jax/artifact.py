@@ -199,7 +199,7 @@ def finish(
 ) -> Artifact:
     """Write the manifest (process 0, after the barrier) and return the finished artifact."""
     files = {}
-    for path in sorted(_walk(writer.path)):
+    for path in sorted(walk(writer.path)):
         name = str(path.relative_to(writer.path))
         if name != MANIFEST and not name.startswith("chunks/"):
             files[name] = {"bytes": path.stat().length, "sha256": file_hash(path)}
@@ -281,7 +281,7 @@ def read_table(path: epath.PathLike) -> pa.Table:
 
 def remove_leftovers(path: epath.PathLike) -> None:
     """Remove temporary files that a killed writer left under `path`."""
-    for file in _walk(epath.Path(path)):
+    for file in walk(epath.Path(path)):
         if file.name.startswith(".") and file.name.endswith(".tmp"):
             file.unlink(missing_ok=True)
 
@@ -295,10 +295,11 @@ def file_hash(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _walk(path: epath.Path) -> Iterable[epath.Path]:
+def walk(path: epath.Path) -> Iterable[epath.Path]:
+    """Every file below a directory."""
     for child in path.iterdir():
         if child.is_dir():
-            yield from _walk(child)
+            yield from walk(child)
         else:
             yield child
 
@@ -309,7 +310,7 @@ def copy_tree(source: epath.PathLike, target: epath.PathLike) -> None:
     if target.exists():
         target.rmtree()
     target.mkdir(parents=True)
-    for file in _walk(source):
+    for file in walk(source):
         goal = target / file.relative_to(source)
         goal.parent.mkdir(parents=True, exist_ok=True)
         with file.open("rb") as reader, goal.open("wb") as writer:

@@ -272,7 +272,7 @@ def validate(config: ConfigDict) -> None:
     for method in config.augment.methods:
         if method not in AUGMENT_METHODS:
             raise ConfigError(
-                f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{_nearest(method, AUGMENT_METHODS)}"
+                f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{nearest(method, AUGMENT_METHODS)}"
             )
     for key in (
         "train.rows_per_step",
@@ -337,10 +337,11 @@ def resolved_text(config: ConfigDict) -> str:
 def _one_of(config: ConfigDict, key: str, accepted: Sequence[str]) -> None:
     value = lookup(config, key)
     if value not in accepted:
-        raise ConfigError(f"config.{key}: {value!r} is not one of {', '.join(accepted)}{_nearest(str(value), accepted)}")
+        raise ConfigError(f"config.{key}: {value!r} is not one of {', '.join(accepted)}{nearest(str(value), accepted)}")
 
 
-def _nearest(name: str, accepted: Sequence[str]) -> str:
+def nearest(name: str, accepted: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` for the accepted name closest to `name`, or nothing where none is close."""
     close = difflib.get_close_matches(name, accepted, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

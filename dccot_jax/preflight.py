@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
 from dccot_jax.artifact import MANIFEST, ArtifactError, open_artifact
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, nearest
 from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
@@ -84,7 +82,7 @@ def _check_tasks(config: ConfigDict) -> None:
     names = [name for members in evaluation_groups(config).values() for name in members]
     for name, limit in dict(config.evaluate.limits).items():
         if name not in names:
-            raise ConfigError(f"config.evaluate.limits: {name!r} is not evaluated; evaluated are {', '.join(names)}{_nearest(name, names)}")
+            raise ConfigError(f"config.evaluate.limits: {name!r} is not evaluated; evaluated are {', '.join(names)}{nearest(name, names)}")
         if not isinstance(limit, int) or limit < 0:
             raise ConfigError(f"config.evaluate.limits: {name!r}: {limit!r} must be a whole number of at least 0 (0: all)")
 
@@ -122,7 +120,7 @@ def _check_scorer(student: str) -> None:
         return
     where, folder = f"config.score.student: {student!r}", Path(student).expanduser()
     if not folder.exists():
-        hint = _nearest(student, ("base", "warmup"))
+        hint = nearest(student, ("base", "warmup"))
         raise ConfigError(f"{where} is not one of base, warmup, nor a path that exists{hint}")
     if (folder / MANIFEST).exists():
         try:
@@ -145,12 +143,7 @@ def _check_compare(config: ConfigDict, arms: list[str]) -> None:
             raise ConfigError(f"{where}: {pair!r} is not a pair of arm names")
         for name in pair:
             if name not in known:
-                raise ConfigError(f"{where}: {name!r} is no arm; arms are {', '.join(known)}{_nearest(str(name), known)}")
-
-
-def _nearest(name: str, accepted: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, accepted, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+                raise ConfigError(f"{where}: {name!r} is no arm; arms are {', '.join(known)}{nearest(str(name), known)}")
 
 
 def _check_teachers(config: ConfigDict) -> None:

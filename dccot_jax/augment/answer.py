@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, judged, question_fields
+from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, question_fields
 from dccot_jax.records import normalise_question
 from dccot_jax.teachers.rows import answered_trace, reply_fields
 
@@ -24,12 +24,8 @@ def augment_answers(seeds: Sequence[Seed], settings: Settings, asker: Asker) -> 
     known: dict[str, set[str]] = {seed.key: {normalise_question(trace.target) for trace in seed.traces} for seed in seeds}
     for (seed, request), response in zip(jobs, responses, strict=True):
         index = request.sample_index
-        text = outcome.usable(seed, METHOD, index, response)
+        text = outcome.right(seed, METHOD, index, response)
         if text is None:
-            continue
-        verdict = judged(text, seed.parent)
-        if not verdict.flexible:
-            outcome.reject(seed, METHOD, index, verdict.reason, f"{verdict.answer_flexible} for {seed.gold}")
             continue
         if normalise_question(text) in known[seed.key]:
             outcome.reject(seed, METHOD, index, "repeated")

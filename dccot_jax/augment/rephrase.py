@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, judged, question_fields
+from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, question_fields
 from dccot_jax.records import Request, normalise_question
 from dccot_jax.tasks.registry import build_prompt
 from dccot_jax.teachers.prompts import REPHRASED, read_question, rephrase_request
@@ -47,12 +47,8 @@ def rephrase_questions(seeds: Sequence[Seed], settings: Settings, asker: Asker) 
     responses = asker.ask([request for *_, request in jobs], "answers to rephrasings")
     for (seed, draft, question, request), response in zip(jobs, responses, strict=True):
         index = draft.sample_index
-        text = outcome.usable(seed, METHOD, index, response)
+        text = outcome.right(seed, METHOD, index, response, f": {question}")
         if text is None:
-            continue
-        verdict = judged(text, seed.parent)
-        if not verdict.flexible:
-            outcome.reject(seed, METHOD, index, verdict.reason, f"{verdict.answer_flexible} for {seed.gold}: {question}")
             continue
         fields = question_fields(seed, METHOD) | reply_fields(asker.teacher, request, response, via=(draft,))
         outcome.traces.append(answered_trace(text, **fields | {"question": question, "sample_index": index}))

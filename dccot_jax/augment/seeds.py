@@ -97,6 +97,17 @@ class Outcome:
             self.reject(seed, method, index, "empty_reply")
         return None
 
+    def right(self, seed: Seed, method: str, index: int, response: Response, note: str = "") -> str | None:
+        """The reply's text if it gives the question's gold answer, else None after counting why not; `note` ends the detail."""
+        text = self.usable(seed, method, index, response)
+        if text is None:
+            return None
+        verdict = judged(text, seed.parent)
+        if verdict.flexible:
+            return text
+        self.reject(seed, method, index, verdict.reason, f"{verdict.answer_flexible} for {seed.gold}{note}")
+        return None
+
 
 def seeds_of(traces: Iterable[Trace], task_of: Callable[[str], Task]) -> tuple[list[Seed], list[Trace]]:
     """Questions of the original forward traces in order of first appearance; and the traces of questions without a gold answer."""

@@ -23,12 +23,11 @@ parts). A group that lacks the value is dropped with reason ``no_score_<signal>`
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, nearest
 from dccot_jax.records import Dropped, InputError, count_reasons, derive_seed
 
 FIELDS = ("completion_tokens", "prompt_tokens", "n_steps")
@@ -309,12 +308,12 @@ def _check_step(step: Any, where: str, available: Sequence[str] | None) -> None:
         raise ConfigError(f"{where}: {step!r} is not a step; write e.g. {{'name': 'top', 'signal': 'ifd_loss', 'rows': 500}}")
     name = step["name"]
     if name not in _SELECTORS:
-        raise ConfigError(f"{where}.name: {name!r} is not one of {', '.join(_SELECTORS)}{_nearest(str(name), tuple(_SELECTORS))}")
+        raise ConfigError(f"{where}.name: {name!r} is not one of {', '.join(_SELECTORS)}{nearest(str(name), tuple(_SELECTORS))}")
     selector = _SELECTORS[name]
     for key in step:
         if key != "name" and key not in selector.options:
             accepted = ", ".join(selector.options) or "no options"
-            raise ConfigError(f"{where}.{key}: {name} takes {accepted}{_nearest(str(key), selector.options)}")
+            raise ConfigError(f"{where}.{key}: {name} takes {accepted}{nearest(str(key), selector.options)}")
     if "signal" in selector.options:
         _check_signal(step.get("signal"), f"{where}.signal", available)
     if name == "student_error":
@@ -357,8 +356,3 @@ def _check_signal(name: Any, where: str, available: Sequence[str] | None) -> Non
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _nearest(name: str, accepted: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, accepted, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

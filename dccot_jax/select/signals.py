@@ -14,13 +14,12 @@ Statistics: `label_logp` = log p(completion token | what precedes it in the view
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, nearest
 
 VIEWS = ("conditional", "unconditional")
 STATS = ("label_logp", "entropy")
@@ -80,9 +79,8 @@ def split_signals(names: Iterable[str]) -> tuple[tuple[Signal, ...], tuple[str, 
     wanted = sorted(set(names))
     for name in wanted:
         if name not in _REGISTRY and name not in SAMPLED:
-            close = difflib.get_close_matches(name, signal_names(), n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(f"config.score.signals: {name!r} is not one of {', '.join(signal_names())}{hint}")
+            known = signal_names()
+            raise ConfigError(f"config.score.signals: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
     return tuple(_REGISTRY[n] for n in wanted if n in _REGISTRY), tuple(n for n in wanted if n in SAMPLED)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dccot_jax.config import nearest
 from dccot_jax.records import InputError, Teacher
 
 
@@ -23,9 +23,7 @@ def make_teacher(spec: Mapping[str, Any]) -> Teacher:
         raise TeacherError("teacher kind 'replay' holds finished traces and cannot answer requests; use it in traces.teachers only")
     if kind not in _FACTORIES:
         kinds = sorted([*_FACTORIES, "replay"])
-        close = difflib.get_close_matches(kind, kinds, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise TeacherError(f"teacher kind {kind!r} is not one of {', '.join(kinds)}{hint}")
+        raise TeacherError(f"teacher kind {kind!r} is not one of {', '.join(kinds)}{nearest(kind, kinds)}")
     try:
         return _FACTORIES[kind](**{key: value for key, value in spec.items() if key != "kind"})
     except TypeError as error:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, open_artifact, write_atomic
+from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, open_artifact, walk, write_atomic
 from dccot_jax.data.template import stop_ids
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, hf
@@ -202,7 +202,7 @@ class TrainCheckpoints:
         self._manager.wait_until_finished()
         if self._unsized is not None and jax.process_index() == 0:
             folder = self._path / str(self._unsized)
-            sizes = {str(file.relative_to(folder)): file.stat().length for file in sorted(_files(folder))}
+            sizes = {str(file.relative_to(folder)): file.stat().length for file in sorted(walk(folder))}
             write_atomic(folder / _SIZES, json.dumps(sizes).encode())
         self._unsized = None
 
@@ -281,14 +281,6 @@ class TrainCheckpoints:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for child in folder.iterdir():
-        if child.is_dir():
-            yield from _files(child)
-        else:
-            yield child
 
 
 def _first_line(error: BaseException) -> str:
