@@ -55,12 +55,12 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     check_template(tokenizer)
     if len(tokenizer) > model.vocab_size:
         raise ConfigError(f"config.student: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary only {model.vocab_size}")
-    stops = stop_ids(tokenizer)
+    stops = stop_ids(tokenizer, model.eos_token_ids)
     about = {
         "hash": tokenizer_hash(tokenizer_dir),
         "tokens": len(tokenizer),
         "eos_id": stops[0],  # closes the assistant's turn; what the student learns to end with
-        "stop_ids": stops,
+        "stop_ids": stops,  # what ends a reply: the template's tokens and those of generation_config.json, else config.json
         "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],  # padding is masked by segment, never by id
     }
     if weights["kind"] == "random":  # a pretrained student keeps what its own config says

@@ -74,9 +74,15 @@ def render_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return _encode(tokenizer, [prompt_text(tokenizer, prompt)])[0]
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Ids that end generation: the template's end-of-turn token first, then the tokenizer's eos if it is another one."""
-    return list(turn_end(tokenizer).stop_ids)
+def stop_ids(tokenizer: Any, model_eos: Sequence[int] = ()) -> list[int]:
+    """Ids that end generation: the template's end-of-turn token first, then the tokenizer's eos and the model's, where they are others."""
+    return list(dict.fromkeys((*turn_end(tokenizer).stop_ids, *model_eos)))
+
+
+def reply_text(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """A reply's text, without the token that ended it (a model's eos need not be a special token of its tokenizer)."""
+    body = tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
+    return tokenizer.decode(list(body), skip_special_tokens=True)
 
 
 def turn_end(tokenizer: Any) -> TurnEnd:

@@ -1,7 +1,7 @@
 """Protocol `sound`: which items a student is asked, and how; the same for every arm.
 
-The student's own chat template, one prompt per task, one token budget, greedy decoding, stop at the end of the turn, one
-reply per item. What a method was trained on never changes what it is asked.
+The student's own chat template, one prompt per task, one token budget, greedy decoding, stop at any of the student's end
+tokens, one reply per item. What a method was trained on never changes what it is asked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dccot_jax.config import ConfigError
-from dccot_jax.data.template import render_prompt, stop_ids
+from dccot_jax.data.template import render_prompt
 from dccot_jax.records import Dropped
 from dccot_jax.tasks.answers import canonical
 from dccot_jax.tasks.base import Item, Task
@@ -125,8 +125,8 @@ def make_questions(
     return found, dropped
 
 
-def describe(cfg: ConfigDict, tokenizer: Any, panels: Sequence[Panel]) -> dict[str, Any]:
-    """The protocol as recorded beside its results."""
+def describe(cfg: ConfigDict, tokenizer: Any, stop_ids: Sequence[int], panels: Sequence[Panel]) -> dict[str, Any]:
+    """The protocol as recorded beside its results; `stop_ids` are the student's."""
     template = str(tokenizer.chat_template)
     return {
         "name": NAME,
@@ -135,7 +135,7 @@ def describe(cfg: ConfigDict, tokenizer: Any, panels: Sequence[Panel]) -> dict[s
         "max_new_tokens": cfg.evaluate.max_new_tokens,
         "compute_dtype": cfg.compute_dtype,
         "prompt": "the question, its options, the task's suffix; rendered by the student's own chat template",
-        "stop": [tokenizer.convert_ids_to_tokens(token) for token in stop_ids(tokenizer)],
+        "stop": [tokenizer.convert_ids_to_tokens(token) for token in stop_ids],
         "items": {panel.task.name: f"{len(panel.items)} of {panel.available}, the smallest ids (ids are hashes)" for panel in panels},
         "prompt_suffixes": {panel.task.name: panel.task.prompt_suffix for panel in panels},
         "chat_template": template,

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, json_hash
 from dccot_jax.chunks import committed, read_committed
 from dccot_jax.context import Context, Meter
+from dccot_jax.data.template import reply_text
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.evaluate import gold_nll
 from dccot_jax.evaluate.metrics import task_metrics
@@ -86,7 +87,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
         {
             "tasks": tasks,
             "groups": {group: [panel.task.name for panel in panels if panel.group == group] for group in GROUPS},
-            "protocol": describe(cfg, tokenizer, panels),
+            "protocol": describe(cfg, tokenizer, student.stop_ids, panels),
             "student": {"kind": source.kind, "identity": source.identity, "parameters": student.mc.num_params()},
         },
     )
@@ -141,17 +142,17 @@ def _answer_all(
         if not ctx.is_main:
             return []
         return [
-            make_sample(question, tokenizer, reply.tokens, reply.finish_reason, time_limit=cfg.verify.time_limit_seconds)
+            make_sample(question, tokenizer, reply, student.stop_ids, time_limit=cfg.verify.time_limit_seconds)
             for question, reply in zip(asked, replies, strict=True)
         ]
 
     return _chunked(chunks, series, "evaluate", work, out, ctx)
 
 
-def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finish_reason: str, *, time_limit: float) -> dict[str, Any]:
+def make_sample(question: Question, tokenizer: Any, reply: Generated, stop_ids: Sequence[int], *, time_limit: float) -> dict[str, Any]:
     """One row of samples.jsonl, without its gold NLL and `doc_id`."""
     item, task = question.item, question.panel.task
-    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    text = reply_text(tokenizer, reply.tokens, stop_ids)
     verdict = judge(text, item.gold, task.answer_type, item.choices, time_limit=time_limit)
     doc = {"question": item.question, "choices": list(item.choices), "gold": item.gold}
     prompt = tokenizer.decode(list(question.prompt_ids))
@@ -166,9 +167,9 @@ def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finis
         "arguments": [[prompt, {"until": [], "do_sample": False}]],
         "prompt_tokens": len(question.prompt_ids),
         "text": text,
-        "tokens": [int(token) for token in tokens],
-        "completion_tokens": len(tokens),
-        "finish_reason": finish_reason,
+        "tokens": [int(token) for token in reply.tokens],
+        "completion_tokens": len(reply.tokens),
+        "finish_reason": reply.finish_reason,
         "answer_strict": verdict.answer_strict,
         "answer_flexible": verdict.answer_flexible,
         "correct_strict": bool(verdict.strict),

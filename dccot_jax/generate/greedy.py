@@ -13,7 +13,7 @@ from dccot_jax.model.config import ModelConfig
 
 
 class Speaker(Protocol):
-    """What generation needs of a student (`train.checkpoint.Student` is one). stop_ids: every token that ends a turn."""
+    """What generation needs of a student (`train.checkpoint.Student` is one). stop_ids: every token that ends a reply."""
 
     @property
     def mc(self) -> ModelConfig: ...

@@ -186,6 +186,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{name} = {hf[name]!r} is not supported (it must be {accepted[0]!r})")
     if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
         problems.append(f"layer_types = {sorted(set(hf['layer_types']))} is not supported (only full_attention)")
+    eos = hf.get("eos_token_id")
+    ends = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    if not all(type(token) is int and 0 <= token < (hf.get("vocab_size") or 0) for token in ends):
+        problems.append(f"eos_token_id = {eos!r} (or generation_config.json's) must be a token id of the vocabulary or a list of them")
     theta = _rope_theta(hf, problems)
     known = _REQUIRED_VALUES.keys() | _READ_FIELDS | _HARMLESS_FIELDS
     for name, value in hf.items():
@@ -193,7 +197,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             problems.append(f"{name} = {value!r} is unknown; it may change the numbers")
     if problems:
         raise ModelError("config.json: " + "; ".join(problems))
-    heads, eos = hf["num_attention_heads"], hf.get("eos_token_id")
+    heads = hf["num_attention_heads"]
     return ModelConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -208,7 +212,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         max_positions=hf.get("max_position_embeddings", 2048),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        eos_token_ids=ends,
         bos_token_id=hf.get("bos_token_id"),
         pad_token_id=hf.get("pad_token_id"),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,11 @@ def save_hf(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 4 << 30,
+    stop_ids: Sequence[int] = (),
 ) -> None:
-    """Write a directory that `transformers` loads: config.json, safetensors (several files beyond `max_shard_bytes`), tokenizer.
+    """Write a directory that `transformers` loads: configs, safetensors (several files beyond `max_shard_bytes`), tokenizer.
 
+    generation_config.json is the one beside the tokenizer, where there is one, and names the model's eos tokens and `stop_ids`.
     Every process must call it; process 0 writes. `dtype`: "float32" or "bfloat16". Raises ModelError on another dtype or
     on parameters whose shapes are not those of `mc`.
     """
@@ -135,7 +137,18 @@ def save_hf(
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
             shutil.copyfile(Path(tokenizer_dir) / name, out / name)
+    _add_stops(out / GENERATION_CONFIG, mc, stop_ids)
     _write_json(out / "config.json", to_hf(mc, dtype))
+
+
+def _add_stops(path: Path, mc: ModelConfig, stop_ids: Sequence[int]) -> None:
+    """Make a generation_config.json list every token that ends a reply; one that does stays as its authors wrote it."""
+    fields = _read_json(path) if path.exists() else {"bos_token_id": mc.bos_token_id, "pad_token_id": mc.pad_token_id}
+    listed = fields.get("eos_token_id")
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    stops = list(dict.fromkeys((*listed, *mc.eos_token_ids, *stop_ids)))
+    if stops != listed:
+        _write_json(path, {**fields, "eos_token_id": stops[0] if len(stops) == 1 else stops})
 
 
 def _layer_name(layer: int, name: str) -> str:

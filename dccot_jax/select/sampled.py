@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.chunks import committed, drop_other_layouts, read_committed
 from dccot_jax.context import Context
-from dccot_jax.data.template import render_prompt
+from dccot_jax.data.template import render_prompt, reply_text
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.generate.greedy import greedy, make_sampler
+from dccot_jax.generate.sampler import Generated
 from dccot_jax.records import Dropped, Trace, content_hash
 from dccot_jax.tasks.answers import judge
 from dccot_jax.tasks.registry import build_prompt, get_task
@@ -107,7 +108,7 @@ def student_error(
             replies = greedy(sampler(), [prompt for _, prompt in chunk], cfg.evaluate.max_new_tokens, row_ids=numbers)
             if ctx.is_main:
                 limit = cfg.verify.time_limit_seconds
-                samples = [make_sample(q, tokenizer, r.tokens, r.finish_reason, time_limit=limit) for (q, _), r in zip(chunk, replies)]
+                samples = [make_sample(q, tokenizer, reply, student.stop_ids, time_limit=limit) for (q, _), reply in zip(chunk, replies)]
                 out.commit_chunk(series, index, pa.table({"sample": pa.array([_line(sample) for sample in samples], pa.string())}))
             answered += len(chunk)
             meter.advance(len(chunk))
@@ -133,9 +134,9 @@ def student_error(
     return column, [*dropped, *too_long, *bad], facts
 
 
-def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finish_reason: str, *, time_limit: float) -> dict[str, Any]:
+def make_sample(question: Question, tokenizer: Any, reply: Generated, stop_ids: Sequence[int], *, time_limit: float) -> dict[str, Any]:
     """One row of samples.jsonl: the question, the student's text and its verdicts. An unreadable answer is not correct."""
-    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    text = reply_text(tokenizer, reply.tokens, stop_ids)
     verdict = judge(text, question.gold, question.answer_type, question.choices, time_limit=time_limit)
     return {
         "question_id": question.id,
@@ -144,8 +145,8 @@ def make_sample(question: Question, tokenizer: Any, tokens: Sequence[int], finis
         "question": question.question,
         "gold": question.gold,
         "text": text,
-        "tokens": len(tokens),
-        "finish_reason": finish_reason,
+        "tokens": len(reply.tokens),
+        "finish_reason": reply.finish_reason,
         "answer": verdict.answer_flexible,
         "correct": bool(verdict.flexible),
         "correct_strict": bool(verdict.strict),

@@ -45,7 +45,7 @@ class Student:
 
     Attributes:
       mc: model config. params: parameter tree on the mesh it was loaded for. tokenizer_dir: Hugging Face tokenizer files.
-      eos_id: end-of-turn token. stop_ids: every token that ends a turn. pad_id: fills rows; masked by segment, never by id.
+      eos_id: end-of-turn token. stop_ids: that one and whatever else ends a reply. pad_id: fills rows; masked by segment, never by id.
       source: where the student was opened from, for people.
     """
 
@@ -75,7 +75,7 @@ def load_student(source: Artifact | epath.PathLike, mesh: jax.sharding.Mesh, *, 
     if not isinstance(found, Artifact):
         mc, params = hf.load_hf(found, mesh, dtype=param_dtype)
         tokenizer = load_tokenizer(found)
-        stops = stop_ids(tokenizer)
+        stops = stop_ids(tokenizer, mc.eos_token_ids)
         pad: Any = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return Student(mc, params, found, stops[0], tuple(stops), int(pad), str(found))
     record = found.json("student")
@@ -106,10 +106,10 @@ def resolve_checkpoint(path: epath.PathLike) -> Artifact | epath.Path:
 
 
 def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]) -> None:
-    """Write a student in the Hugging Face layout (config, safetensors, tokenizer); loads in ``transformers``."""
+    """Write a student in the Hugging Face layout (configs, safetensors, tokenizer); loads in ``transformers``, stops as it does here."""
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     student = load_student(source, mesh)
-    hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir)
+    hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir, stop_ids=student.stop_ids)
 
 
 def random_params(mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
