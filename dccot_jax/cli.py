@@ -4,8 +4,12 @@
   dccot report   --workdir=DIR
   dccot eval     --config=FILE.py --checkpoint=DIR [--workdir=DIR]
   dccot export   --checkpoint=DIR --out=DIR
+  dccot export-traces --workdir=DIR --format=FORMAT --out=FILE [--stage=STAGE] [--arm=NAME[/SEED]]
   dccot tasks    [--data_dir=DIR]
   dccot validate --config=FILE.py
+
+FORMAT is messages, prompt_completion, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select (default: the
+kept traces); FILE ends in .jsonl, .json or .parquet.
 
 Exit codes: 0 done, 1 failed, 2 a command, config or input that cannot work.
 """
@@ -45,7 +49,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
     flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
     flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
-    flags.DEFINE_string("out", None, "Output directory.", flag_values=_FLAGS)
+    flags.DEFINE_string("out", None, "Output directory or file.", flag_values=_FLAGS)
+    flags.DEFINE_string("format", None, "Format of exported traces.", flag_values=_FLAGS)
+    flags.DEFINE_string("stage", "select", "Export the traces that this stage left.", flag_values=_FLAGS)
+    flags.DEFINE_string("arm", "", "Export the traces of this arm, or arm/seed.", flag_values=_FLAGS)
     flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
     flags.DEFINE_bool("distributed", False, "Join other processes; Slurm, TPU pods, Kubernetes and MPI are detected.", flag_values=_FLAGS)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the cluster is not detected.", flag_values=_FLAGS)
@@ -74,6 +81,9 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__)
             return 0
         _parse(rest)
+        for name in ("format", "stage", "arm"):  # not to be taken for a choice of what runs
+            if _FLAGS[name].present and verb != "export-traces":
+                raise UsageError(f"--{name} goes with export-traces")
         return VERBS[verb](console)
     except InputError as error:
         console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
@@ -235,6 +245,24 @@ def _export(console: Console) -> int:
     return 0
 
 
+def _export_traces(console: Console) -> int:
+    from dccot_jax.formats import FORMATS
+    from dccot_jax.trace_export import STAGES, export_run
+
+    workdir = _workdir()
+    for name, accepted in (("format", FORMATS), ("stage", STAGES)):
+        if _FLAGS[name].value not in accepted:
+            raise UsageError(f"--{name}={_FLAGS[name].value or ''}: must be one of {', '.join(accepted)}")
+    if not _FLAGS.out:
+        raise UsageError("--out=FILE is needed")
+    out = Path(_FLAGS.out).expanduser()
+    if out.exists():
+        raise UsageError(f"--out={out}: exists; name another file")
+    rows = export_run(workdir, out, _FLAGS.format, stage=_FLAGS.stage, arm=_FLAGS.arm)
+    console.print(f"wrote {out}: {rows:,} rows", soft_wrap=True)
+    return 0
+
+
 def _tasks(console: Console) -> int:
     from dccot_jax.tasks.registry import all_tasks, data_at_hand
 
@@ -276,6 +304,7 @@ VERBS: dict[str, Callable[[Console], int]] = {
     "report": _report,
     "eval": _eval,
     "export": _export,
+    "export-traces": _export_traces,
     "tasks": _tasks,
     "validate": _validate,
 }
