@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +28,7 @@ from dccot_jax.records import Dropped, InputError, canonical_json, content_hash,
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+BATCH_ROWS = 16384
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "grain", "numpy", "pyarrow", "math-verify")
 
 
@@ -85,6 +86,10 @@ class Artifact:
     def table(self, name: str) -> pa.Table:
         """Read `name`.parquet."""
         return read_table(self.path / f"{name}.parquet")
+
+    def batches(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Read some columns of `name`.parquet, rows in their order, a batch at a time."""
+        return read_batches(self.path / f"{name}.parquet", columns)
 
     def json(self, name: str) -> Any:
         """Read `name`.json."""
@@ -277,6 +282,12 @@ def write_table(path: epath.PathLike, table: pa.Table) -> None:
 def read_table(path: epath.PathLike) -> pa.Table:
     with epath.Path(path).open("rb") as file:
         return pq.read_table(pa.BufferReader(file.read()))
+
+
+def read_batches(path: epath.PathLike, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of `BATCH_ROWS` rows; of the file, only these columns' bytes are read."""
+    with epath.Path(path).open("rb") as file:
+        yield from pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=list(columns))
 
 
 def remove_leftovers(path: epath.PathLike) -> None:

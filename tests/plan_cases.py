@@ -68,7 +68,7 @@ def case(
 
 def groups_of(traces: Sequence[Trace], tokens: pa.Table) -> list[Group]:
     """All groups of a case."""
-    groups, dropped = build_groups([trace.id for trace in traces], traces_to_table(traces), tokens)
+    groups, dropped = build_groups([trace.id for trace in traces], traces_to_table(traces).to_batches(), tokens.to_batches())
     assert not dropped
     return groups
 

@@ -127,7 +127,7 @@ def test_groups_move_together():
 def test_half_kept_groups_are_dropped_whole():
     traces, tokens = case(4, reverse=True)
     kept = [trace.id for trace in traces]
-    groups, dropped = build_groups([*kept[1:], "unknown"], traces_to_table(traces), tokens)
+    groups, dropped = build_groups([*kept[1:], "unknown"], traces_to_table(traces).to_batches(), tokens.to_batches(5))
     assert len(groups) == 3
     assert collections.Counter(row.reason for row in dropped) == {"group_incomplete": 2, "no_tokens": 1}
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from plan_cases import case, config, fake, groups_of
 
+from dccot_jax import artifact
 from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.context import Context
-from dccot_jax.mix.groups import PlanError
+from dccot_jax.mix.groups import TOKEN_COLUMNS, TRACE_COLUMNS, PlanError
 from dccot_jax.mix.plan import make_plan, plan_document, plan_table, run
 from dccot_jax.records import traces_to_table
 
@@ -181,6 +184,31 @@ def test_stage(inputs, tmp_path):
     assert again.logical_hash == result.logical_hash
     assert (out.path / "plan.parquet").read_bytes() == (tmp_path / "again" / "plan.parquet").read_bytes()
     assert run(cfg, inputs, ArtifactWriter(tmp_path / "other"), Context(tmp_path, process_index=1, process_count=2)).logical_hash == ""
+
+
+def spoil(whole: Artifact, name: str, columns: Sequence[str]) -> None:
+    """Overwrite all of a table's column chunks but those of `columns`; the file keeps its size and its footer."""
+    path = whole.file(f"{name}.parquet")
+    data, about = bytearray(path.read_bytes()), pq.read_metadata(str(path))
+    for group in range(about.num_row_groups):
+        for chunk in (about.row_group(group).column(place) for place in range(about.num_columns)):
+            if chunk.path_in_schema.split(".")[0] not in columns:
+                start = chunk.dictionary_page_offset or chunk.data_page_offset
+                data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+
+
+def test_only_ids_lengths_and_what_groups_are_made_of_is_read(inputs, tmp_path, monkeypatch):
+    cfg = config(**SMALL)
+    known = run(cfg, inputs, ArtifactWriter(tmp_path / "whole"), Context(tmp_path))
+    spoil(inputs["tokenize"], "tokens", TOKEN_COLUMNS)
+    spoil(inputs["verify"], "traces", TRACE_COLUMNS)
+    for name, table in (("tokenize", "tokens"), ("verify", "traces")):
+        with pytest.raises((pa.ArrowException, OSError)):
+            inputs[name].table(table)
+    monkeypatch.setattr(artifact, "BATCH_ROWS", 7)
+    assert [len(batch) for batch in inputs["tokenize"].batches("tokens", ("id",))] == [7] * 11 + [3]
+    assert run(cfg, inputs, ArtifactWriter(tmp_path / "lean"), Context(tmp_path)).logical_hash == known.logical_hash
 
 
 def test_empty_selection_is_a_clear_error(inputs, tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from dccot_jax.records import Dropped, InputError, normalise_question
+
+TOKEN_COLUMNS = ("id", "group_id", "prompt_tokens", "completion_tokens")
+TRACE_COLUMNS = ("id", "part", "task", "question", "teacher", "style", "level", "n_steps")
 
 
 class PlanError(InputError):
@@ -57,31 +60,36 @@ class Group:
         return sum(row.completion_tokens for row in self.rows)
 
 
-def build_groups(kept: Iterable[str], traces: pa.Table, tokens: pa.Table) -> tuple[list[Group], list[Dropped]]:
+def build_groups(
+    kept: Iterable[str], traces: Iterable[pa.RecordBatch], tokens: Iterable[pa.RecordBatch]
+) -> tuple[list[Group], list[Dropped]]:
     """Groups of the kept ids, sorted by id, and the kept ids that cannot be used.
 
     Args:
-      kept: ids from `select`. traces: the verified traces. tokens: the token rows, whose order gives ``token_row``.
+      kept: ids from `select`. traces: the verified traces, at least `TRACE_COLUMNS` of them. tokens: the token rows, at least
+        `TOKEN_COLUMNS`, whose order gives ``token_row``.
     A kept id without a token row is dropped (``no_tokens``), and so is one whose group was kept only in part.
     """
     wanted = set(kept)
-    numbers = {identity: number for number, identity in enumerate(tokens["id"].to_pylist())}
-    group_of = dict(zip(numbers, tokens["group_id"].to_pylist()))
-    prompts, completions = tokens["prompt_tokens"].to_pylist(), tokens["completion_tokens"].to_pylist()
-    partial = {group_of[identity] for identity in numbers if identity not in wanted}
-    columns = ("id", "part", "task", "question", "teacher", "style", "level", "n_steps")
-    records = {record["id"]: record for record in traces.select(columns).to_pylist() if record["id"] in wanted}
+    placed: dict[str, tuple[int, str, int, int]] = {}  # id -> token row, group, prompt and completion tokens
+    partial: set[str] = set()
+    for number, (identity, group, prompt, completion) in enumerate(_rows(tokens, TOKEN_COLUMNS)):
+        if identity in wanted:
+            placed[identity] = (number, group, prompt, completion)
+        else:
+            partial.add(group)
+    records = {record[0]: dict(zip(TRACE_COLUMNS, record)) for record in _rows(traces, TRACE_COLUMNS) if record[0] in wanted}
     members: dict[str, list[Row]] = {}
     dropped: list[Dropped] = []
     for identity in sorted(wanted):
-        if identity not in numbers or identity not in records:
+        if identity not in placed or identity not in records:
             dropped.append(Dropped(identity, "no_tokens", "kept by selection, but it has no token row"))
-        elif group_of[identity] in partial:
-            dropped.append(Dropped(identity, "group_incomplete", f"other rows of group {group_of[identity]} were not kept"))
+            continue
+        number, group, prompt, completion = placed[identity]
+        if group in partial:
+            dropped.append(Dropped(identity, "group_incomplete", f"other rows of group {group} were not kept"))
         else:
-            number = numbers[identity]
-            row = Row(identity, number, records[identity]["part"], prompts[number], completions[number])
-            members.setdefault(group_of[identity], []).append(row)
+            members.setdefault(group, []).append(Row(identity, number, records[identity]["part"], prompt, completion))
     return [_group(identity, rows, records) for identity, rows in sorted(members.items())], dropped
 
 
@@ -97,6 +105,11 @@ def seeded_order(groups: Sequence[Group], seed: int, *names: Any) -> list[Group]
     """
     prefix = f"{seed}/" + "/".join(str(name) for name in names) + "/"
     return sorted(groups, key=lambda group: (hashlib.blake2b((prefix + group.id).encode(), digest_size=16).digest(), group.id))
+
+
+def _rows(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    for batch in batches:
+        yield from zip(*(batch.column(name).to_pylist() for name in columns))
 
 
 def _group(identity: str, rows: list[Row], records: Mapping[str, Mapping[str, Any]]) -> Group:

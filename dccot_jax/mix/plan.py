@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
 from dccot_jax.mix.curriculum import Curriculum, build_curriculum
-from dccot_jax.mix.groups import Group, PlanError, build_groups, drop_groups
+from dccot_jax.mix.groups import TOKEN_COLUMNS, TRACE_COLUMNS, Group, PlanError, build_groups, drop_groups
 from dccot_jax.mix.mixing import Mixed, Total, domain_mix, is_long, is_strong, subset, two_part_mix
 from dccot_jax.mix.pack import PACKER, Placed, fits, pack_epochs, pack_steps, weight_rule
 from dccot_jax.records import Dropped, content_hash, derive_seed
@@ -42,13 +42,13 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     """Mix, order and pack the selected rows. Raises PlanError if nothing is selected or the settings cannot work."""
     if not ctx.is_main:
         return StageResult("")
-    tokens = inputs["tokenize"].table("tokens")
     kept = inputs["select"].table("kept")["id"].to_pylist()
     if not kept:
         raise PlanError(
             "empty selection: config.select kept no row, so there is nothing to train on; loosen the selectors or check the verdicts"
         )
-    groups, dropped = build_groups(kept, inputs["verify"].table("traces"), tokens)
+    tokens, traces = inputs["tokenize"].batches("tokens", TOKEN_COLUMNS), inputs["verify"].batches("traces", TRACE_COLUMNS)
+    groups, dropped = build_groups(kept, traces, tokens)
     scores = _scores(cfg.curriculum.difficulty, inputs.get("score")) if cfg.curriculum.kind != "none" else {}
     plan = make_plan(cfg, groups, scores)
     dropped += plan.dropped

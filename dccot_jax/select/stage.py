@@ -30,7 +30,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     Raises ConfigError (malformed step, signal not scored) or SelectionError (nothing kept) with one clear line.
     """
     traces = table_to_traces(inputs["verify"].table("traces"))
-    tokens = inputs["tokenize"].table("tokens").select(["id", "prompt_tokens", "completion_tokens"]).to_pylist()
+    lengths = inputs["tokenize"].batches("tokens", ("id", "prompt_tokens", "completion_tokens"))
+    tokens = [row for batch in lengths for row in batch.to_pylist()]
     scores = inputs["score"].table("scores") if "score" in inputs else None
     columns = [name for name in scores.column_names if name not in _NOT_SIGNALS] if scores is not None else []
     by_id = {row["id"]: row for row in scores.to_pylist()} if scores is not None else {}
