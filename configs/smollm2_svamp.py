@@ -48,6 +48,7 @@ def get_config():
     c.train.row_tokens = 512
     c.train.rows_per_step = 8
     c.train.microbatches = 2
+    c.train.remat = "dots"
     c.train.learning_rate = 1e-4
     c.train.warmup_steps = 10
     c.train.clip_norm = 1.0
