@@ -5,8 +5,8 @@
 DIR is a Hugging Face directory of the student (default ~/.cache/dccot_jax/smollm2-135m-instruct). Use Python 3.12: its JAX
 runs bfloat16 matrix products about five times faster than float32 on CPUs that have them. At most 60 minutes on two
 cores; every stage resumes. Traces are selected by IFD (correct, ratio below 1, then the highest 60 %: those whose
-question helps the student least) and length-mixed to 1,000, one in five long; evaluation is greedy with 192 new tokens for every arm, beside the
-untrained student.
+question helps the student least) and length-mixed to 1,000, one in five long; evaluation is greedy with 192 new
+tokens for every arm, beside the untrained student.
 """
 
 import os

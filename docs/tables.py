@@ -1,6 +1,6 @@
 """Print the Markdown tables of docs/results.md for a finished run: every arm and seed, and the paired comparisons.
 
-  python docs/tables.py WORKDIR
+python docs/tables.py WORKDIR
 """
 
 from __future__ import annotations
