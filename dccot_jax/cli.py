@@ -7,6 +7,7 @@
   dccot export-traces --workdir=DIR --format=FORMAT --out=FILE [--stage=STAGE] [--arm=NAME[/SEED]]
   dccot tasks    [--data_dir=DIR]
   dccot validate --config=FILE.py
+  dccot doctor   [--workdir=DIR] [--config=FILE.py]
 
 FORMAT is messages, prompt_completion, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select (default: the
 kept traces); FILE ends in .jsonl, .json or .parquet.
@@ -168,8 +169,8 @@ def _workdir() -> epath.Path:
     return epath.Path(_FLAGS.workdir if remote else os.path.abspath(os.path.expanduser(_FLAGS.workdir)))
 
 
-def _context(workdir: epath.Path, data_dir: str) -> Context:
-    """Start JAX (and its processes, when asked) and describe where the run takes place."""
+def _join_processes() -> None:
+    """Join the other processes of the run, when asked to. Before anything else touches JAX's devices."""
     import jax
 
     if _FLAGS.coordinator:
@@ -177,7 +178,17 @@ def _context(workdir: epath.Path, data_dir: str) -> Context:
             raise UsageError("--coordinator needs --num_processes and --process_id")
         jax.distributed.initialize(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
     elif _FLAGS.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # JAX's way to say that it recognises no cluster here
+            raise UsageError(f"--distributed: no cluster detected ({_one_line(error)}); give --coordinator=HOST:PORT") from None
+
+
+def _context(workdir: epath.Path, data_dir: str) -> Context:
+    """Start JAX (and its processes, when asked) and describe where the run takes place."""
+    import jax
+
+    _join_processes()
     path = Path(data_dir).expanduser() if data_dir else None
     if path is not None and not path.is_dir():
         raise UsageError(f"config.data_dir: {data_dir!r} is not a directory")
@@ -299,6 +310,15 @@ def _validate(console: Console) -> int:
     return 0
 
 
+def _doctor(console: Console) -> int:
+    from dccot_jax.doctor import report
+
+    config = None if _FLAGS.config is None else _config()
+    workdir = _workdir() if _FLAGS.workdir else None
+    _join_processes()
+    return report.run(config, workdir)
+
+
 VERBS: dict[str, Callable[[Console], int]] = {
     "run": _run,
     "report": _report,
@@ -307,6 +327,7 @@ VERBS: dict[str, Callable[[Console], int]] = {
     "export-traces": _export_traces,
     "tasks": _tasks,
     "validate": _validate,
+    "doctor": _doctor,
 }
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
