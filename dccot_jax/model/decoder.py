@@ -46,8 +46,9 @@ class Decoder(nnx.Module):
             return Block(mc, rngs)
 
         self.layers = stack(rngs)
-        for name in shapes.keys() - {"layers"}:
-            setattr(self, name, nnx.Param(_initial(mc, name, shapes[name], rngs)))
+        for name in shapes:  # in the table's order: each draw counts
+            if name != "layers":
+                setattr(self, name, nnx.Param(_initial(mc, name, shapes[name], rngs)))
 
 
 def init_params(mc: ModelConfig, key: jax.Array | int) -> Params:
