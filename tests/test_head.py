@@ -1,4 +1,4 @@
-"""The chunked head equals the full head, in values and gradients, tied and untied, sharded and not."""
+"""The chunked head equals the full head, in values and gradients, tied and untied, soft-capped or not, sharded and not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.head import gather_positions, token_stats, weighted_nll
 from dccot_jax.model.sharding import make_mesh, param_shardings
 
+CAPPED = ModelConfig("gemma2", 90, 24, 40, 2, 4, 2, 6, final_softcap=1.5)  # most logits lie beyond
+
 
 def full_head(params: dict, mc: ModelConfig, hidden: jax.Array, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
     table = params["embed"].T if mc.tie_embeddings else params["head"]
-    logp = jax.nn.log_softmax(hidden @ table, axis=-1)
+    z = hidden @ table
+    z = mc.final_softcap * jnp.tanh(z / mc.final_softcap) if mc.final_softcap else z
+    logp = jax.nn.log_softmax(z, axis=-1)
     return jnp.take_along_axis(logp, labels[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
@@ -26,7 +30,7 @@ def inputs(mc: ModelConfig) -> tuple[jax.Array, np.ndarray, np.ndarray]:
     return hidden, rng.integers(0, mc.vocab_size, (4, 37)), weights
 
 
-@pytest.mark.parametrize("mc", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("mc", [TIED, UNTIED, CAPPED], ids=["tied", "untied", "capped"])
 def test_chunked_equals_full(mc: ModelConfig):
     params = random_params(mc)
     hidden, labels, weights = inputs(mc)
@@ -49,7 +53,7 @@ def test_chunked_equals_full(mc: ModelConfig):
     assert chunked(params, hidden, None) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("mc", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("mc", [TIED, UNTIED, CAPPED], ids=["tied", "untied", "capped"])
 def test_sharded_vocabulary_and_gathered_positions(mc: ModelConfig):
     params = random_params(mc)
     hidden, labels, _ = inputs(mc)

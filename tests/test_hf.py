@@ -153,8 +153,8 @@ def test_torn_and_absent_files(tmp_path: Path):
     with pytest.raises(ModelError, match="neither"):
         load_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
-    with pytest.raises(ModelError, match="attention_bias"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.5}))
+    with pytest.raises(ModelError, match="partial_rotary_factor"):
         load_hf(tmp_path)
 
 

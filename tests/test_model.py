@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from reference_decoder import log_softmax, reference_logits
 
 from dccot_jax.config import default_config
-from dccot_jax.model.config import ModelConfig, ModelError, from_config, from_hf, to_hf
+from dccot_jax.model.config import ModelConfig, ModelError, from_config
 from dccot_jax.model.decoder import forward, init_params
 from dccot_jax.model.head import logits, token_stats, weighted_nll
+from dccot_jax.model.hf_config import from_hf, to_hf
 from dccot_jax.model.linear import contract, linear
 from dccot_jax.model.sharding import batch_spec, make_mesh, param_shardings, param_specs, weight_shapes
 from dccot_jax.records import InputError
@@ -25,12 +26,13 @@ UNTIED = ModelConfig(
 )
 
 
-def random_params(mc: ModelConfig, seed: int = 0) -> dict:
+def random_params(mc: ModelConfig, seed: int = 0, deviation: float = 0.25) -> dict:
     """Parameters with every norm and bias random too, so that a forgotten one shows."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(rng.normal(path[-1].key.endswith("norm"), 0.25, shape), jnp.float32)
+        neutral = path[-1].key.endswith("norm") and not mc.arch.norm_offset
+        return jnp.asarray(rng.normal(neutral, deviation, shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, weight_shapes(mc), is_leaf=lambda x: isinstance(x, tuple))
 
@@ -80,7 +82,7 @@ def test_packed_rows_score_each_document_as_if_alone():
         np.testing.assert_allclose(logp[row, start : start + length - 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def check_on_mesh(mc: ModelConfig, batch: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
+def check_on_mesh(mc: ModelConfig, batch: dict[str, np.ndarray], sizes: dict[str, int], atol: float = 2e-6) -> None:
     """Loss and gradients on 8 devices equal those on one, and every gradient has its parameter's sharding."""
     step = jax.value_and_grad(lambda p, b: loss_fn(p, mc, b))
     value, grads = jax.jit(step)(random_params(mc), batch)
@@ -92,7 +94,7 @@ def check_on_mesh(mc: ModelConfig, batch: dict[str, np.ndarray], sizes: dict[str
         jax.block_until_ready(grads8)
     assert jax.tree.all(jax.tree.map(lambda g, s: g.sharding == s, grads8, shardings))
     np.testing.assert_allclose(value8, value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), grads8, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), grads8, grads)
 
 
 def test_gradients_have_parameter_shardings_and_equal_one_device():
@@ -190,10 +192,10 @@ def test_config_round_trips_and_names_every_problem():
     shapes = jax.tree.leaves(weight_shapes(UNTIED), is_leaf=lambda x: isinstance(x, tuple))
     assert sum(int(np.prod(shape)) for shape in shapes) == UNTIED.num_params()
     assert from_config(default_config().student.model, 300).vocab_size == 300
-    bad = to_hf(TIED) | {"rope_scaling": {"factor": 2}, "attention_bias": True, "hidden_act": "gelu", "logit_softcap": 30.0}
+    bad = to_hf(TIED) | {"rope_scaling": {"factor": 2}, "rope_interleaved": True, "hidden_act": "gelu", "logit_softcap": 30.0}
     with pytest.raises(ModelError) as error:
         from_hf(bad)
-    for name in ("rope_scaling", "attention_bias", "hidden_act", "logit_softcap"):
+    for name in ("rope_scaling", "rope_interleaved", "hidden_act", "logit_softcap"):
         assert name in str(error.value)
     for change, name in [
         ({"use_sliding_window": True}, "use_sliding_window"),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dccot_jax.model.attention import NEGATIVE, soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import batch_axes
 
@@ -54,12 +55,15 @@ def fill_slots(state: State, slots: jax.Array, ks: jax.Array, vs: jax.Array, fie
     return {**state, **filled, "k": ks_new, "v": vs_new}
 
 
-def visible(state: State) -> jax.Array:
-    """Boolean [S, P + R]: the columns that each slot's newest token sees, its own among them."""
+def visible(state: State, window: int = 0) -> jax.Array:
+    """Boolean [S, P + R]: the columns that each slot's newest token sees, its own among them; of a layer with a window (0: none)."""
     columns, ring = state["k"][0].shape[2], state["answer"].shape[1]
-    prompt = jnp.arange(columns - ring)[None] < state["prompt_length"][:, None]
+    column, length, made = jnp.arange(columns - ring)[None], state["prompt_length"][:, None], state["new_tokens"][:, None]
+    prompt = column < length
     age = (state["step"] - jnp.arange(ring)) % ring
-    return jnp.concatenate([prompt, age[None] < state["new_tokens"][:, None]], axis=1)
+    if window:
+        prompt, made = prompt & (length + made - 1 - column < window), jnp.minimum(made, window)
+    return jnp.concatenate([prompt, age[None] < made], axis=1)
 
 
 def write_column(cache: jax.Array, new: jax.Array, state: State) -> jax.Array:
@@ -69,12 +73,12 @@ def write_column(cache: jax.Array, new: jax.Array, state: State) -> jax.Array:
     return jax.lax.dynamic_update_slice(cache, jnp.swapaxes(new, 1, 2), (0, 0, column, 0))
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """One query per slot: q [S, 1, K, G, H], k and v [S, K, C, H], mask [S, C] -> [S, 1, K, G, H]; softmax in float32."""
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float = 0.0) -> jax.Array:
+    """One query per slot: q [S, 1, K, G, H], k and v [S, K, C, H], mask [S, C] -> [S, 1, K, G, H]; scores and softmax in float32."""
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     options: Any = {"precision": precision, "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("skgh,skch->skgc", q[:, 0], k, **options) * (q.shape[-1] ** -0.5)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(q.dtype)
+    scores = soft_cap(jnp.einsum("skgh,skch->skgc", q[:, 0], k, **options) * scale, softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
     return jnp.einsum("skgc,skch->skgh", weights, v, **options).astype(q.dtype)[:, None]
 
 

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.generate.cache import State, attend_cached, auto_mesh, bucket, fill_slots, new_state, state_shardings, visible, write_column
-from dccot_jax.model.attention import attend, rope_tables
+from dccot_jax.model.attention import rope_divisors, rope_tables
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.decoder import Params, embed, finish_layer, project_qkv, rms_norm
+from dccot_jax.model.decoder import Params, embed, finish_layer, layer_differences, make_layer, project_qkv, rms_norm
 from dccot_jax.model.head import logits
 from dccot_jax.model.sharding import make_mesh, param_specs
 
@@ -223,17 +223,12 @@ def _prefill(
     tokens, lengths = batch["tokens"], batch["prompt_length"]
     rows, length = tokens.shape
     x = embed(params, mc, tokens, dtype)
-    cos, sin = rope_tables(jnp.broadcast_to(jnp.arange(length), (rows, length)), mc.head_dim, mc.rope_theta)
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
     # Right padding lies after every real position, so the causal mask hides it.
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
-
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        q, k, v = project_qkv(p, mc, x, cos, sin)
-        return finish_layer(p, mc, x, attend(q, k, v, mask)), (k, v)
-
-    x, (ks, vs) = jax.lax.scan(layer, x, params["layers"])
+    x, (ks, vs) = jax.lax.scan(make_layer(mc, positions, mask), x, (params["layers"], layer_differences(mc)))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    z = logits(params, mc, rms_norm(last, params["final_norm"], mc.rms_eps))[:, 0]
+    z = logits(params, mc, rms_norm(last, params["final_norm"], mc))[:, 0]
     first = _draw(z, batch["row_id"], jnp.zeros(rows, jnp.int32), draw, greedy)
     fields = {
         "token": first,
@@ -262,16 +257,18 @@ def _decode(
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         count, state = carry
         position = state["prompt_length"] + state["new_tokens"] - 1
-        cos, sin = rope_tables(position[:, None], mc.head_dim, mc.rope_theta)
-        mask = visible(state)
+        ropes, windows = mc.layer_ropes, mc.layer_windows
+        tables = {rope: rope_tables(position[:, None], rope_divisors(rope, mc.head_dim)) for rope in dict.fromkeys(ropes)}
+        masks = {window: visible(state, window) for window in dict.fromkeys(windows)}
         x = embed(params, mc, state["token"][:, None], dtype)
         ks, vs = [], []
         for layer, p in enumerate(params["layers"]):
-            q, k, v = project_qkv(p, mc, x, cos, sin)
+            q, k, v = project_qkv(p, mc, x, *tables[ropes[layer]])
             ks.append(write_column(state["k"][layer], k, state))
             vs.append(write_column(state["v"][layer], v, state))
-            x = finish_layer(p, mc, x, attend_cached(q, ks[-1], vs[-1], mask))
-        z = logits(params, mc, rms_norm(x, params["final_norm"], mc.rms_eps))[:, 0]
+            attended = attend_cached(q, ks[-1], vs[-1], masks[windows[layer]], scale=mc.attn_scale, softcap=mc.attn_softcap)
+            x = finish_layer(p, mc, x, attended)
+        z = logits(params, mc, rms_norm(x, params["final_norm"], mc))[:, 0]
         active, made = state["active"], state["new_tokens"]
         token = jnp.where(active, _draw(z, state["row_id"], made, draw, greedy), state["token"])
         here = active[:, None] & (jnp.arange(state["answer"].shape[1])[None] == made[:, None])

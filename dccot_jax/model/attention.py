@@ -6,18 +6,42 @@ Segment ids are 1-based and 0 is padding; positions restart with every segment.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from dccot_jax.model.config import Rope
 from dccot_jax.model.linear import contract
 
 NEGATIVE = -1e30  # finite, so that a fully masked (padding) row gives no NaN
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, H/2], float32, of positions [B, T]: angle p * theta^(-2i/H), half-split layout."""
+def rope_divisors(rope: Rope | None, head_dim: int) -> jax.Array:
+    """What positions are divided by to give angles, float32 [H/2]: theta^(2i/H), stretched as `rope.scaling` says; None: infinity.
+
+    "linear" (arXiv 2306.15595) multiplies all by the factor. "llama3" (arXiv 2407.21783; transformers'
+    `_compute_llama3_parameters`) does so for wavelengths above original/low_freq_factor, keeps those below
+    original/high_freq_factor, and interpolates the frequencies between.
+    """
+    if rope is None:
+        return jnp.full(head_dim // 2, jnp.inf, jnp.float32)
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions.astype(jnp.float32)[..., None] / (jnp.float32(theta) ** exponents)
+    divisors = jnp.float32(rope.theta) ** exponents
+    scaling = rope.scaling
+    if scaling is None:
+        return divisors
+    if scaling.kind == "linear":
+        return divisors * scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_positions / (2 * math.pi * divisors)  # within the original context
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return divisors / (kept + (1 - kept) / scaling.factor)
+
+
+def rope_tables(positions: jax.Array, divisors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H/2], float32, of positions [B, T] over divisors [H/2], half-split layout."""
+    angles = positions.astype(jnp.float32)[..., None] / divisors
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -37,8 +61,19 @@ def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     return causal & same & (segment_ids > 0)[:, :, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """q [B, T, K, G, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, K, G, H]; softmax in float32."""
-    scores = contract("btkgh,bskh->bkgts", q, k) * (q.shape[-1] ** -0.5)
+def window_mask(length: int, window: int | jax.Array) -> jax.Array:
+    """Boolean [T, T]: key s is among the last `window` tokens that query t may see, itself one of them."""
+    index = jnp.arange(length)
+    return index[:, None] - index[None, :] < window
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118); x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float = 0.0) -> jax.Array:
+    """q [B, T, K, G, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, K, G, H]; scores and softmax in float32."""
+    scores = soft_cap(contract("btkgh,bskh->bkgts", q, k) * scale, softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1)
     return contract("bkgts,bskh->btkgh", weights.astype(q.dtype), v, dtype=q.dtype)

@@ -1,83 +1,28 @@
-"""What a decoder is: sizes and the few switches that tell its families apart."""
+"""What a decoder is: sizes and the settings that tell models of one family apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from dccot_jax.model.families import FAMILIES, Family
 from dccot_jax.records import InputError
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions")
-
-# Hugging Face fields that must hold one of these values, because another value changes the numbers.
-_REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1, None),
-    "use_sliding_window": (False, None),
-    "pretraining_tp": (1, None),
-    "is_decoder": (True, False, None),
-    "add_cross_attention": (False, None),
-    "quantization_config": (None,),
-}
-
-_READ_FIELDS = frozenset(
-    {
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "max_position_embeddings",
-        "layer_types",
-        "eos_token_id",
-        "bos_token_id",
-        "pad_token_id",
-    }
+# Left out of `to_dict` where they are off: artifacts of students that know nothing of them keep their hashes.
+_OPTIONAL = (
+    "mlp_bias",
+    "sliding_window",
+    "window_layers",
+    "no_rope_layers",
+    "rope_scaling",
+    "rope_local_theta",
+    "query_scalar",
+    "attn_softcap",
+    "final_softcap",
 )
-
-# Fields that do not change a forward pass in evaluation mode.
-_HARMLESS_FIELDS = frozenset(
-    {
-        "architectures",
-        "attention_dropout",
-        "attn_implementation",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "max_window_layers",
-        "name_or_path",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "sliding_window",  # read by transformers only where use_sliding_window is true
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_version",
-        "use_cache",
-        "use_mrope",
-    }
-)
+_SCALINGS = ("linear", "llama3")
 
 
 class ModelError(InputError):
@@ -85,16 +30,41 @@ class ModelError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. kind "linear" uses `factor`; "llama3" all of them, see `model/attention.py`."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_positions: int = 0
+
+
+class Rope(NamedTuple):
+    """Rotary positions of one layer."""
+
+    theta: float
+    scaling: RopeScaling | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+    """Sizes and settings of a pre-norm decoder with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 
     Attributes:
-      family: "llama" or "qwen2"; decides the exported architecture.
+      family: a key of `FAMILIES`, which says what its architecture fixes (`arch`).
       num_kv_heads: key/value heads K; divides num_heads N.
       head_dim: H; N * H need not equal hidden_size.
-      qkv_bias: biases on the query, key and value projections (Qwen2).
+      qkv_bias: biases on the query, key and value projections, and on the output projection where the family has them.
       max_positions: longest sequence that may be trained or generated.
       eos_token_ids, bos_token_id, pad_token_id: carried through import and export; the decoder does not read them.
+      mlp_bias: biases on the three MLP projections.
+      sliding_window: tokens, itself among them, that a token sees in the layers `window_layers` (indices); 0: there are none.
+      no_rope_layers: indices of layers without rotary positions.
+      rope_scaling: of all layers but those with a base of their own.
+      rope_local_theta: rotary base of the layers with a window; 0: the same as elsewhere.
+      query_scalar: attention scores are divided by its square root; 0: head_dim.
+      attn_softcap, final_softcap: attention scores and final logits z become cap * tanh(z / cap); 0: they stay.
     """
 
     family: str
@@ -113,34 +83,69 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    mlp_bias: bool = False
+    sliding_window: int = 0
+    window_layers: tuple[int, ...] = ()
+    no_rope_layers: tuple[int, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float = 0.0
+    query_scalar: float = 0.0
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = []
+        for name in ("eos_token_ids", "window_layers", "no_rope_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.query_scalar == self.head_dim:  # said or not, it is one model
+            object.__setattr__(self, "query_scalar", 0.0)
+        problems = self._size_problems()
         if self.family not in FAMILIES:
             problems.append(f"family {self.family!r} is not one of {', '.join(FAMILIES)}")
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                problems.append(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            problems.append(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
-        if self.num_heads > 0 and self.hidden_size % self.num_heads:
-            problems.append(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}, which transformers refuses")
-        if self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim} must be even (rotary positions)")
-        if self.qkv_bias != (self.family == "qwen2"):
-            problems.append(f"qkv_bias = {self.qkv_bias} does not fit family {self.family!r}")
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        else:
+            problems += self._family_problems()
         if problems:
             raise ModelError("model config: " + "; ".join(problems))
+
+    @property
+    def arch(self) -> Family:
+        return FAMILIES[self.family]
 
     @property
     def num_groups(self) -> int:
         """Query heads per key/value head, G."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def o_bias(self) -> bool:
+        return self.qkv_bias and self.arch.o_bias
+
+    @property
+    def attn_scale(self) -> float:
+        """Factor of the attention scores."""
+        return (self.query_scalar or self.head_dim) ** -0.5
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """Tokens that each layer sees; 0: all."""
+        return tuple(self.sliding_window if layer in self.window_layers else 0 for layer in range(self.num_layers))
+
+    @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """Rotary positions of each layer; None: it has none."""
+        found: list[Rope | None] = []
+        for layer in range(self.num_layers):
+            local = self.rope_local_theta and layer in self.window_layers
+            rope = Rope(self.rope_local_theta, None) if local else Rope(self.rope_theta, self.rope_scaling)
+            found.append(None if layer in self.no_rope_layers else rope)
+        return tuple(found)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields; `from_dict` reads them back."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        off = {field.name: field.default for field in dataclasses.fields(self) if field.name in _OPTIONAL}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in off or value != off[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
@@ -154,112 +159,78 @@ class ModelConfig:
         """Parameters, a tied head counted once."""
         d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
-        layer = 2 * d + d * qkv + (qkv if self.qkv_bias else 0) + self.num_heads * h * d + 3 * d * f
+        norms = (4 if self.arch.post_norms else 2) * d + (2 * h if self.arch.qk_norm else 0)
+        biases = (qkv if self.qkv_bias else 0) + (d if self.o_bias else 0) + (2 * f + d if self.mlp_bias else 0)
+        layer = norms + biases + d * qkv + self.num_heads * h * d + 3 * d * f
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+
+    def _size_problems(self) -> list[str]:
+        problems = [f"{name} = {getattr(self, name)} must be at least 1" for name in _SIZES if getattr(self, name) < 1]
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
+        if self.num_heads > 0 and self.hidden_size % self.num_heads:
+            problems.append(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}, which transformers refuses")
+        if self.head_dim % 2:
+            problems.append(f"head_dim = {self.head_dim} must be even (rotary positions)")
+        for name in ("sliding_window", "rope_local_theta", "query_scalar", "attn_softcap", "final_softcap"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} = {getattr(self, name)} must be at least 0 (0: off)")
+        for name in ("window_layers", "no_rope_layers"):
+            layers = getattr(self, name)
+            if sorted(set(layers) & set(range(self.num_layers))) != list(layers):
+                problems.append(f"{name} = {layers} must be ascending indices below num_layers = {self.num_layers}")
+        if bool(self.sliding_window) != bool(self.window_layers):
+            problems.append(f"sliding_window = {self.sliding_window} does not fit window_layers = {self.window_layers}")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind not in _SCALINGS:
+            problems.append(f"rope_scaling = {scaling.kind!r} is not one of {', '.join(_SCALINGS)}")
+        elif scaling is not None and (scaling.factor <= 0 or (scaling.kind == "llama3" and not scaling.original_positions > 0)):
+            problems.append(f"rope_scaling = {scaling}: factor and original_positions must be above 0")
+        elif scaling is not None and scaling.kind == "llama3" and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+            problems.append(f"rope_scaling = {scaling}: low_freq_factor must lie above 0 and below high_freq_factor")
+        return problems
+
+    def _family_problems(self) -> list[str]:
+        arch = self.arch
+        fits = {
+            "qkv_bias": self.qkv_bias in arch.qkv_bias,
+            "mlp_bias": arch.mlp_bias or not self.mlp_bias,
+            "sliding_window": arch.windows != "none" or not self.sliding_window,
+            "window_layers": arch.windows != "all" or len(self.window_layers) in (0, self.num_layers),
+            "no_rope_layers": arch.no_rope_every > 0 or not self.no_rope_layers,
+            "rope_local_theta": bool(self.rope_local_theta) == bool(arch.local_theta and self.window_layers),
+            "query_scalar": arch.query_scalar or not self.query_scalar,
+            "attn_softcap": arch.attn_softcap or not self.attn_softcap,
+            "final_softcap": arch.final_softcap or not self.final_softcap,
+        }
+        return [f"{name} = {getattr(self, name)} does not fit family {self.family!r}" for name, right in fits.items() if not right]
 
 
 def from_config(model: Mapping[str, Any], vocab_size: int, **token_ids: Any) -> ModelConfig:
-    """A ModelConfig from `config.student.model` and the tokenizer's vocabulary size. Raises ModelError."""
-    fields = dict(model)
-    return ModelConfig.from_dict({**fields, "vocab_size": vocab_size, "qkv_bias": fields.get("family") == "qwen2", **token_ids})
+    """A ModelConfig from `config.student.model` and the tokenizer's vocabulary size; what it does not say is the family's own.
 
-
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face `config.json`.
-
-    Raises:
-      ModelError: unknown architecture, a field whose value would change the numbers, or a field nobody here knows; all
-        problems are named together.
+    Raises ModelError.
     """
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ModelError(f"model_type {family!r} is not supported; known: {', '.join(FAMILIES)}")
-    problems = []
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if hf.get(name) is None:
-            problems.append(f"{name} is missing")
-    architectures = hf.get("architectures") or [FAMILIES[family]]
-    if architectures != [FAMILIES[family]]:
-        problems.append(f"architectures = {architectures} is not [{FAMILIES[family]!r}]")
-    for name, accepted in _REQUIRED_VALUES.items():
-        if name in hf and hf[name] not in accepted:
-            problems.append(f"{name} = {hf[name]!r} is not supported (it must be {accepted[0]!r})")
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        problems.append(f"layer_types = {sorted(set(hf['layer_types']))} is not supported (only full_attention)")
-    eos = hf.get("eos_token_id")
-    ends = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    if not all(type(token) is int and 0 <= token < (hf.get("vocab_size") or 0) for token in ends):
-        problems.append(f"eos_token_id = {eos!r} (or generation_config.json's) must be a token id of the vocabulary or a list of them")
-    theta = _rope_theta(hf, problems)
-    known = _REQUIRED_VALUES.keys() | _READ_FIELDS | _HARMLESS_FIELDS
-    for name, value in hf.items():
-        if name not in known and not name.startswith("_") and value not in (None, False):
-            problems.append(f"{name} = {value!r} is unknown; it may change the numbers")
-    if problems:
-        raise ModelError("config.json: " + "; ".join(problems))
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        family=family,
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rope_theta=theta,
-        rms_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        max_positions=hf.get("max_position_embeddings", 2048),
-        eos_token_ids=ends,
-        bos_token_id=hf.get("bos_token_id"),
-        pad_token_id=hf.get("pad_token_id"),
-    )
+    fields = {**model, "vocab_size": vocab_size, **token_ids}
+    arch = FAMILIES.get(str(fields.get("family")))
+    if arch is not None:
+        layers = int(fields.get("num_layers", 0))
+        no_rope = no_rope_by_default(arch, layers)
+        windows = windows_by_default(arch, layers, no_rope) if fields.get("sliding_window") else ()
+        own = {"qkv_bias": arch.qkv_bias == (True,), "no_rope_layers": no_rope, "window_layers": windows}
+        fields = {**own, "rope_local_theta": arch.local_theta if windows else 0.0, **fields}
+    return ModelConfig.from_dict(fields)
 
 
-def to_hf(mc: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of an export; both spellings of the rotary base, so that transformers 4 and 5 read it alike."""
-    eos = list(mc.eos_token_ids)
-    fields = {
-        "architectures": [FAMILIES[mc.family]],
-        "bos_token_id": mc.bos_token_id,
-        "dtype": dtype,
-        "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
-        "head_dim": mc.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": mc.hidden_size,
-        "initializer_range": mc.hidden_size**-0.5,
-        "intermediate_size": mc.intermediate_size,
-        "max_position_embeddings": mc.max_positions,
-        "model_type": mc.family,
-        "num_attention_heads": mc.num_heads,
-        "num_hidden_layers": mc.num_layers,
-        "num_key_value_heads": mc.num_kv_heads,
-        "pad_token_id": mc.pad_token_id,
-        "rms_norm_eps": mc.rms_eps,
-        "rope_parameters": {"rope_theta": mc.rope_theta, "rope_type": "default"},
-        "rope_theta": mc.rope_theta,
-        "tie_word_embeddings": mc.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": mc.vocab_size,
-    }
-    if mc.family == "llama":
-        fields |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        fields |= {"use_sliding_window": False}
-    return fields
+def no_rope_by_default(arch: Family, num_layers: int, every: int | None = None) -> tuple[int, ...]:
+    """Layers without rotary positions: every n-th, n the family's own or `every`."""
+    every = arch.no_rope_every if every is None else every
+    return tuple(layer for layer in range(num_layers) if every and (layer + 1) % every == 0)
 
 
-def _rope_theta(hf: Mapping[str, Any], problems: list[str]) -> float:
-    rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters.rope_type = {rope['rope_type']!r} is not supported (only default)")
-    for name in rope.keys() - {"rope_theta", "rope_type"}:
-        if not (name == "partial_rotary_factor" and rope[name] in (1, None)):
-            problems.append(f"rope_parameters.{name} = {rope[name]!r} is not supported")
-    found = {float(value) for value in (rope.get("rope_theta"), hf.get("rope_theta")) if value is not None}
-    if len(found) > 1:
-        problems.append(f"rope_theta is given twice with different values: {sorted(found)}")
-    return found.pop() if found else 10000.0
+def windows_by_default(arch: Family, num_layers: int, no_rope: Sequence[int], every: int | None = None) -> tuple[int, ...]:
+    """Layers with a window: those without rotary positions where a family has such, else all but every n-th."""
+    if arch.no_rope_every:
+        return tuple(no_rope)
+    every = arch.full_every if every is None else every
+    return tuple(layer for layer in range(num_layers) if not (every and (layer + 1) % every == 0))

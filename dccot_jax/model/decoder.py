@@ -6,13 +6,15 @@ Parameters: {"embed", "layers": {name: [L, ...]}, "final_norm", "head" where unt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dccot_jax.model.attention import attend, causal_segment_mask, rope_tables, rotate
+from dccot_jax.model.attention import attend, causal_segment_mask, rope_divisors, rope_tables, rotate, window_mask
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
@@ -24,6 +26,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "none": None,
 }
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+_NO_WINDOW = 1 << 30  # further back than any sequence is long
 
 
 class Block(nnx.Module):
@@ -92,38 +96,73 @@ def forward(
     rows = tokens.shape[0]
     tokens, segment_ids, positions = (reshard(x, activation_spec(rows, None)) for x in (tokens, segment_ids, positions))
     x = embed(params, mc, tokens, compute_dtype)
-    mask = causal_segment_mask(segment_ids)
-    cos, sin = rope_tables(positions, mc.head_dim, mc.rope_theta)
+    whole_layer = make_layer(mc, positions, causal_segment_mask(segment_ids))
 
-    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        q, k, v = project_qkv(p, mc, x, cos, sin)
-        return finish_layer(p, mc, x, attend(q, k, v, mask)), None
+    def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, None]:
+        return whole_layer(x, own)[0], None
 
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(layer, x, params["layers"])
-    return rms_norm(x, params["final_norm"], mc.rms_eps)
+    x, _ = jax.lax.scan(layer, x, (params["layers"], layer_differences(mc)))
+    return rms_norm(x, params["final_norm"], mc)
+
+
+def layer_differences(mc: ModelConfig) -> dict[str, jax.Array]:
+    """What a scan hands each layer beside its weights, only where layers differ: window int32 [L], rope divisors float32 [L, H/2]."""
+    found = {}
+    if len(set(mc.layer_windows)) > 1:
+        found["window"] = jnp.asarray([window or _NO_WINDOW for window in mc.layer_windows], jnp.int32)
+    if len(set(mc.layer_ropes)) > 1:
+        found["rope"] = jnp.stack([rope_divisors(rope, mc.head_dim) for rope in mc.layer_ropes])
+    return found
+
+
+def make_layer(
+    mc: ModelConfig, positions: jax.Array, mask: jax.Array
+) -> Callable[[jax.Array, tuple[Params, Params]], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """One layer for a scan over (`params["layers"]`, `layer_differences`): x [B, T, D] -> x, and its keys and values [B, T, K, H].
+
+    Args:
+      positions: int32 [B, T]. mask: what a query sees where no window narrows it, boolean [B, T, T].
+    """
+    length, (window, *windows), (rope, *ropes) = mask.shape[-1], set(mc.layer_windows), set(mc.layer_ropes)
+    if window and not windows:
+        mask = mask & window_mask(length, window)
+    tables = () if ropes else rope_tables(positions, rope_divisors(rope, mc.head_dim))
+
+    def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        p, differs = own
+        seen = mask & window_mask(length, differs["window"]) if "window" in differs else mask
+        cos, sin = tables or rope_tables(positions, differs["rope"])
+        q, k, v = project_qkv(p, mc, x, cos, sin)
+        attended = attend(q, k, v, seen, scale=mc.attn_scale, softcap=mc.attn_softcap)
+        return finish_layer(p, mc, x, attended), (k, v)
+
+    return layer
 
 
 def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any) -> jax.Array:
-    """Rows of the embedding table: tokens [B, T] -> [B, T, D]."""
+    """Rows of the embedding table: tokens [B, T] -> [B, T, D]; some families scale them by sqrt(D), rounded to the compute dtype."""
     table = reshard(params["embed"], use_spec(mc, "embed"))
     spec = activation_spec(tokens.shape[0], None, None)
     rows = table[tokens] if spec is None else table.at[tokens].get(out_sharding=spec)
-    return rows.astype(compute_dtype)
+    rows = rows.astype(compute_dtype)
+    return rows * jnp.asarray(mc.hidden_size**0.5, compute_dtype) if mc.arch.embed_scale else rows
 
 
 def project_qkv(p: Params, mc: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated q [B, T, K, G, H], rotated k [B, T, K, H] and v [B, T, K, H] of one layer's input x [B, T, D]."""
     batch, length = x.shape[:2]
-    h = rms_norm(x, p["attn_norm"], mc.rms_eps)
+    h = rms_norm(x, p["attn_norm"], mc)
     q, k, v = (_project(p, mc, h, "w" + name) for name in "qkv")
     if mc.qkv_bias:
         q, k, v = q + p["bq"].astype(q.dtype), k + p["bk"].astype(k.dtype), v + p["bv"].astype(v.dtype)
     q = _split_heads(mc, q, "wq", (batch, length, mc.num_kv_heads, mc.num_groups, mc.head_dim))
     k, v = (_split_heads(mc, y, name, (batch, length, mc.num_kv_heads, mc.head_dim)) for y, name in ((k, "wk"), (v, "wv")))
+    if mc.arch.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], mc), rms_norm(k, p["k_norm"], mc)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -139,16 +178,21 @@ def _split_heads(mc: ModelConfig, y: jax.Array, name: str, shape: tuple[int, ...
 
 
 def finish_layer(p: Params, mc: ModelConfig, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """Output projection and SwiGLU with their residuals: x [B, T, D], attended [B, T, K, G, H] -> [B, T, D]."""
-    x = x + _project(p, mc, attended.reshape(*x.shape[:2], mc.num_heads * mc.head_dim), "wo")
-    h = rms_norm(x, p["mlp_norm"], mc.rms_eps)
-    return x + _project(p, mc, jax.nn.silu(_project(p, mc, h, "w_gate")) * _project(p, mc, h, "w_up"), "w_down")
+    """Output projection and gated MLP with their residuals: x [B, T, D], attended [B, T, K, G, H] -> [B, T, D]."""
+    y = _biased(p, "bo", _project(p, mc, attended.reshape(*x.shape[:2], mc.num_heads * mc.head_dim), "wo"))
+    x = x + (rms_norm(y, p["attn_post_norm"], mc) if mc.arch.post_norms else y)
+    h = rms_norm(x, p["mlp_norm"], mc)
+    gate = _ACTIVATIONS[mc.arch.activation](_biased(p, "b_gate", _project(p, mc, h, "w_gate")))
+    y = _biased(p, "b_down", _project(p, mc, gate * _biased(p, "b_up", _project(p, mc, h, "w_up")), "w_down"))
+    return x + (rms_norm(y, p["mlp_post_norm"], mc) if mc.arch.post_norms else y)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, mc: ModelConfig) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, or * (1 + scale); in float32, returned in x's dtype."""
+    wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    if mc.arch.norm_offset:
+        scale = 1.0 + scale
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + mc.rms_eps) * scale).astype(x.dtype)
 
 
 def _project(p: Params, mc: ModelConfig, x: jax.Array, name: str) -> jax.Array:
@@ -156,10 +200,14 @@ def _project(p: Params, mc: ModelConfig, x: jax.Array, name: str) -> jax.Array:
     return linear(x, p[name], use=use, out=None if use is None else activation_spec(x.shape[0], None, use[-1]))
 
 
+def _biased(p: Params, name: str, y: jax.Array) -> jax.Array:
+    return y + p[name].astype(y.dtype) if name in p else y
+
+
 def _initial(mc: ModelConfig, name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
     if name.endswith("norm"):
-        return jnp.ones(shape, jnp.float32)
-    if name in ("bq", "bk", "bv"):
+        return jnp.full(shape, 0.0 if mc.arch.norm_offset else 1.0, jnp.float32)
+    if name.startswith("b"):
         return jnp.zeros(shape, jnp.float32)
     deviation = mc.hidden_size**-0.5
     if name in ("wo", "w_down"):

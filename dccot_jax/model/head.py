@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
@@ -23,12 +24,13 @@ _CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MiB
 
 
 def logits(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [B, C, V] of hidden states [B, C, D]; for a few positions at a time."""
+    """Float32 logits [B, C, V] of hidden states [B, C, D], soft-capped where the model says so; for a few positions at a time."""
     name = "embed" if mc.tie_embeddings else "head"
     use = use_spec(mc, name)
     vocab = None if use is None else use[0 if mc.tie_embeddings else 1]
     subscripts = "bcd,vd->bcv" if mc.tie_embeddings else "bcd,dv->bcv"
-    return contract(subscripts, hidden, params[name], use=use, out=activation_spec(hidden.shape[0], None, vocab))
+    z = contract(subscripts, hidden, params[name], use=use, out=activation_spec(hidden.shape[0], None, vocab))
+    return soft_cap(z, mc.final_softcap)
 
 
 def token_stats(

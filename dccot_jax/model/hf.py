@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dccot_jax.model.config import ModelConfig, ModelError, from_hf, to_hf
+from dccot_jax.model.config import ModelConfig, ModelError
 from dccot_jax.model.decoder import Params
+from dccot_jax.model.hf_config import from_hf, to_hf
 from dccot_jax.model.hf_files import GENERATION_CONFIG, TOKENIZER_FILES
 from dccot_jax.model.safetensors_io import INDEX, SINGLE, TensorReader, write_safetensors
 from dccot_jax.model.sharding import param_shardings, weight_shapes
@@ -40,11 +41,23 @@ LAYER: Mapping[str, tuple[str, bool]] = {
     "bq": ("self_attn.q_proj.bias", False),
     "bk": ("self_attn.k_proj.bias", False),
     "bv": ("self_attn.v_proj.bias", False),
+    "q_norm": ("self_attn.q_norm.weight", False),
+    "k_norm": ("self_attn.k_norm.weight", False),
     "wo": ("self_attn.o_proj.weight", True),
+    "bo": ("self_attn.o_proj.bias", False),
     "mlp_norm": ("post_attention_layernorm.weight", False),
     "w_gate": ("mlp.gate_proj.weight", True),
     "w_up": ("mlp.up_proj.weight", True),
     "w_down": ("mlp.down_proj.weight", True),
+    "b_gate": ("mlp.gate_proj.bias", False),
+    "b_up": ("mlp.up_proj.bias", False),
+    "b_down": ("mlp.down_proj.bias", False),
+}
+# Where there are norms on both sides, theirs have other names: what they call "post_attention" is then just that.
+POST_NORMS: Mapping[str, str] = {
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "mlp_norm": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm": "post_feedforward_layernorm.weight",
 }
 EXPORT_DTYPES: Mapping[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -86,8 +99,8 @@ def load_hf(
         shardings = param_shardings(mc, mesh)
     layers = {}
     for name, shape in shapes["layers"].items():
-        names = [_layer_name(layer, name) for layer in range(mc.num_layers)]
-        layers[name] = _read(reader, names, LAYER[name][1], shape, shardings["layers"][name], dtype, stacked=True)
+        names = [_layer_name(mc, layer, name) for layer in range(mc.num_layers)]
+        layers[name] = _read(reader, names, _transposed(name), shape, shardings["layers"][name], dtype, stacked=True)
     params: Params = {"layers": layers}
     for name in shapes.keys() - {"layers"}:
         hf_name, transposed = TOP[name]
@@ -151,8 +164,13 @@ def _add_stops(path: Path, mc: ModelConfig, stop_ids: Sequence[int]) -> None:
         _write_json(path, {**fields, "eos_token_id": stops[0] if len(stops) == 1 else stops})
 
 
-def _layer_name(layer: int, name: str) -> str:
-    return f"model.layers.{layer}.{LAYER[name][0]}"
+def _layer_name(mc: ModelConfig, layer: int, name: str) -> str:
+    inner = POST_NORMS[name] if mc.arch.post_norms and name in POST_NORMS else LAYER[name][0]
+    return f"model.layers.{layer}.{inner}"
+
+
+def _transposed(name: str) -> bool:
+    return name in LAYER and LAYER[name][1]
 
 
 def _expected(mc: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, int | None]]]:
@@ -163,7 +181,7 @@ def _expected(mc: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, in
         if name == "layers":
             for layer in range(mc.num_layers):
                 for inner, (_, *shape) in shapes["layers"].items():
-                    found[_layer_name(layer, inner)] = (tuple(shape[::-1] if LAYER[inner][1] else shape), (inner, layer))
+                    found[_layer_name(mc, layer, inner)] = (tuple(shape[::-1] if _transposed(inner) else shape), (inner, layer))
         elif name in shapes:
             found[TOP[name][0]] = (tuple(shapes[name][::-1] if TOP[name][1] else shapes[name]), (name, None))
     return found
@@ -228,7 +246,7 @@ def _export_tensors(params: Params, group: list[tuple[str, tuple[int, ...], tupl
     for hf_name, _, (name, layer) in group:
         leaf = params[name] if layer is None else params["layers"][name]
         array = _on_host(leaf, layer).astype(dtype)
-        transposed = (TOP if layer is None else LAYER)[name][1]
+        transposed = TOP[name][1] if layer is None else _transposed(name)
         yield hf_name, array.T if transposed else array
 
 

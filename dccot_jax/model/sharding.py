@@ -34,11 +34,19 @@ WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
     "bq": ("tensor",),  # [N*H]
     "bk": ("tensor",),  # [K*H]
     "bv": ("tensor",),  # [K*H]
+    "q_norm": (None,),  # [H]
+    "k_norm": (None,),  # [H]
     "wo": ("tensor", "fsdp"),  # [N*H, D]
+    "bo": (None,),  # [D]
+    "attn_post_norm": (None,),  # [D]
     "mlp_norm": (None,),  # [D]
     "w_gate": ("fsdp", "tensor"),  # [D, F]
     "w_up": ("fsdp", "tensor"),  # [D, F]
     "w_down": ("tensor", "fsdp"),  # [F, D]
+    "b_gate": ("tensor",),  # [F]
+    "b_up": ("tensor",),  # [F]
+    "b_down": (None,),  # [D]
+    "mlp_post_norm": (None,),  # [D]
 }
 
 
@@ -93,7 +101,15 @@ def weight_shapes(mc: ModelConfig) -> dict[str, Any]:
     layers: dict[str, tuple[int, ...]] = {"attn_norm": (h, d), "wq": (h, d, n), "wk": (h, d, k), "wv": (h, d, k)}
     if mc.qkv_bias:
         layers |= {"bq": (h, n), "bk": (h, k), "bv": (h, k)}
+    if mc.arch.qk_norm:
+        layers |= {"q_norm": (h, mc.head_dim), "k_norm": (h, mc.head_dim)}
     layers |= {"wo": (h, n, d), "mlp_norm": (h, d), "w_gate": (h, d, f), "w_up": (h, d, f), "w_down": (h, f, d)}
+    if mc.o_bias:
+        layers |= {"bo": (h, d)}
+    if mc.mlp_bias:
+        layers |= {"b_gate": (h, f), "b_up": (h, f), "b_down": (h, d)}
+    if mc.arch.post_norms:
+        layers |= {"attn_post_norm": (h, d), "mlp_post_norm": (h, d)}
     shapes: dict[str, Any] = {"embed": (mc.vocab_size, d), "layers": layers, "final_norm": (d,)}
     if not mc.tie_embeddings:
         shapes["head"] = (d, mc.vocab_size)
