@@ -45,7 +45,7 @@ def default_config() -> ConfigDict:
     c.student.tokenizer = "embedded"  # embedded | Hugging Face directory; ignored when `path` is set
     c.student.model = ConfigDict(
         {
-            "family": "llama",  # llama | qwen2
+            "family": "llama",  # llama | mistral | qwen2 | qwen3 | gemma | gemma2 | gemma3_text | smollm3
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_layers": 4,
@@ -55,6 +55,9 @@ def default_config() -> ConfigDict:
             "rope_theta": 10000.0,
             "tie_embeddings": True,
             "max_positions": 1024,
+            "sliding_window": 0,  # tokens seen in the layers that have a window by the family's own pattern; 0: no windows
+            "attn_softcap": 0.0,  # gemma2 (published: 50); 0: none
+            "final_softcap": 0.0,  # gemma2 (published: 30), gemma3_text; 0: none
         }
     )
 
@@ -176,6 +179,9 @@ UNHASHED = frozenset(
     }
 )
 
+# Keys that came later, with the value at which they change nothing: left out there, so that older runs keep their identities.
+ADDED_LATER = {"student.model.sliding_window": 0, "student.model.attn_softcap": 0.0, "student.model.final_softcap": 0.0}
+
 # What still has a meaning in a section whose kind is "none".
 SWITCHED_OFF = frozenset({"mix.kind", "mix.total_examples", "mix.total_tokens", "curriculum.kind"})
 
@@ -192,7 +198,8 @@ def to_plain(value: Any) -> Any:
 
 
 def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
-    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys.
+    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys and
+    without those of `ADDED_LATER` that are off.
 
     A section that is switched off (its ``kind`` is "none") counts with what still works in it (`SWITCHED_OFF`) alone.
     """
@@ -201,7 +208,8 @@ def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
         value = lookup(config, key)
         off = isinstance(value, ConfigDict) and value.get("kind") == "none"
         for name, item in _flatten(key, value):
-            if not _unhashed(name) and not (off and name not in SWITCHED_OFF):
+            later = name in ADDED_LATER and item == ADDED_LATER[name]
+            if not (_unhashed(name) or later or (off and name not in SWITCHED_OFF)):
                 found[name] = item
     return found
 

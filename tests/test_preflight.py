@@ -56,7 +56,7 @@ def test_what_can_work_passes_unchanged(changes):
         ({"mesh__data": 3}, ["config.mesh", "8 devices cannot be split", "'data': 3"]),
         ({"mesh__fsdp": 2}, ["config.mesh", "needs 2 devices, 8 are there"]),
         ({"mesh__data": 0}, ["config.mesh", "'data': 0", "at least 1"]),
-        ({"student__model__family": "gpt2"}, ["student.model", "family 'gpt2'", "llama, qwen2"]),
+        ({"student__model__family": "gpt2"}, ["student.model", "family 'gpt2'", "llama, mistral, qwen2"]),
         ({"student__model__num_kv_heads": 3}, ["student.model", "num_kv_heads = 3", "num_heads = 4"]),
         ({"student__model__head_dim": 15}, ["student.model", "head_dim = 15", "even"]),
         ({"traces__task": "asdiv"}, ["traces.task: task 'asdiv' has no train split", "only test"]),
