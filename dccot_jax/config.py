@@ -98,6 +98,8 @@ def default_config() -> ConfigDict:
     c.select = ConfigDict()
     # Selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500}).
     c.select.steps = ()
+    # Parquet files with a column id and further columns to select by: numbers, or lists (embeddings, loss trajectories).
+    c.select.tables = ()
 
     c.mix = ConfigDict()
     c.mix.kind = "none"  # none | length | teacher | domain

@@ -7,11 +7,10 @@ what they have in common and a second run of a finished workdir does nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from dccot_jax.artifact import (
     StageResult,
     Store,
     artifact_identity,
-    file_hash,
     finish,
     open_artifact,
     remove_leftovers,
@@ -34,6 +32,7 @@ from dccot_jax.artifact import (
 )
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
+from dccot_jax.external import EXTERNAL
 from dccot_jax.preflight import check
 from dccot_jax.records import content_hash
 
@@ -46,7 +45,7 @@ class Stage:
       kind: name of the stage. run: ``module:function``, imported when needed.
       version: raise it when the same config and inputs would give another result.
       config_keys: dotted keys whose values are part of the identity.
-      external: names a function of this module that hashes files outside the store, or "".
+      external: names a function of `external.py` that hashes files outside the store, or "".
     """
 
     kind: str
@@ -75,7 +74,7 @@ STAGES = {
         ),
         Stage("tokenize", "dccot_jax.data.tokenize:run", 1, ("tokens",)),
         Stage("score", "dccot_jax.select.engine:run", 1, ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify")),
-        Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed")),
+        Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed"), "select_files"),
         Stage(
             "plan",
             "dccot_jax.mix.plan:run",
@@ -438,62 +437,3 @@ def _agree(value: bool, ctx: Context) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-# --- files outside the store that an identity depends on ---------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=512)
-def _cached_hash(path: str, size: int, modified: float) -> str:
-    return file_hash(path)
-
-
-def _hash_of(path: Path) -> str:
-    stat = path.stat()
-    return _cached_hash(str(path), stat.st_size, stat.st_mtime)
-
-
-def _local_hashes(config: ConfigDict, tasks: Iterable[str]) -> dict[str, str]:
-    from dccot_jax.tasks.registry import get_task, local_files
-
-    if not config.data_dir:
-        return {}
-    found = {name: path for task in tasks for name, path in local_files(get_task(task), config.data_dir).items()}
-    return {f"file:{name}": _hash_of(path) for name, path in sorted(found.items())}
-
-
-def task_files(config: ConfigDict) -> dict[str, str]:
-    """Hashes of the local files of the training task and every evaluation task."""
-    from dccot_jax.tasks.registry import evaluation_tasks
-
-    groups = evaluation_tasks(config.traces.task, config.evaluate.iid, config.evaluate.ood, config.evaluate.cross)
-    return _local_hashes(config, [config.traces.task, *(name for group in groups.values() for name in group)])
-
-
-def trace_files(config: ConfigDict) -> dict[str, str]:
-    """Hashes of replayed trace files and of the training task's local files."""
-    root = Path(config.data_dir).expanduser() if config.data_dir else Path()
-    names = {name for spec in config.traces.teachers for name in spec.get("files", ())}
-    replayed = {name: root / Path(name).expanduser() for name in sorted(names)}
-    hashes = {f"file:{name}": _hash_of(path) for name, path in replayed.items() if path.exists()}
-    return hashes | _local_hashes(config, [config.traces.task])
-
-
-def student_files(config: ConfigDict) -> dict[str, str]:
-    """Hashes of a pretrained student's config, tokenizer and weight files."""
-    found = {}
-    for key in ("path", "tokenizer"):
-        value = config.student[key]
-        folder = Path(value).expanduser()
-        if value and value != "embedded" and folder.is_dir():
-            for path in sorted(folder.iterdir()):
-                if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
-                    found[f"{key}:{path.name}"] = _hash_of(path)
-    return found
-
-
-EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
-    "task_files": task_files,
-    "trace_files": trace_files,
-    "student_files": student_files,
-}

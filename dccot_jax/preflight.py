@@ -14,6 +14,7 @@ from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
 from dccot_jax.model.config import ModelError, from_config
 from dccot_jax.model.sharding import MeshError, mesh_shape
+from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
@@ -53,7 +54,7 @@ def _check_arm(config: ConfigDict, devices: int | None) -> None:
         raise ConfigError(f"config.{error}") from None
     _check_teachers(config)
     split_signals(config.score.signals)
-    check_steps(config.select.steps, config.score.signals)
+    check_steps(config.select.steps, *declared_columns(config))
     difficulty = config.curriculum.difficulty
     if config.curriculum.kind != "none":
         if difficulty not in (*_KNOWN_DIFFICULTIES, *config.score.signals):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import tiny_config
 
-from dccot_jax import pipeline
+from dccot_jax import external, pipeline
 from dccot_jax.cli import main
 from dccot_jax.config import ConfigError, override
 from dccot_jax.context import Context
@@ -176,15 +176,15 @@ def test_local_files_are_hashed_under_either_name(tmp_path, ending):
     cfg = tiny_config(data_dir=str(tmp_path), traces__task="math500", evaluate__iid=("math500",), evaluate__ood=("openbookqa", "aqua"))
     cfg = override(cfg, {"traces.teachers": replayed, "evaluate.cross": ("boolq",)})
     hub_only = dataclasses.replace(get_task("boolq"), local_files=())
-    assert pipeline.task_files(cfg) == {} == local_files(hub_only, tmp_path)
+    assert external.task_files(cfg) == {} == local_files(hub_only, tmp_path)
     for task in ("math500", "aqua", "boolq"):
         (tmp_path / task).mkdir()
         (tmp_path / task / f"test{ending}").write_text(task)
     (tmp_path / "r.jsonl").write_text("rows")
-    before = pipeline.task_files(cfg)
+    before = external.task_files(cfg)
     assert sorted(before) == [f"file:{task}/test{ending}" for task in ("aqua", "boolq", "math500")]
     assert local_files(hub_only, tmp_path) == {f"boolq/test{ending}": tmp_path / "boolq" / f"test{ending}"}
-    assert sorted(pipeline.trace_files(cfg)) == [f"file:math500/test{ending}", "file:r.jsonl"]
+    assert sorted(external.trace_files(cfg)) == [f"file:math500/test{ending}", "file:r.jsonl"]
     (tmp_path / "boolq" / f"test{ending}").write_text("other rows")
-    after = pipeline.task_files(cfg)
+    after = external.task_files(cfg)
     assert {name for name in after if after[name] != before[name]} == {f"file:boolq/test{ending}"}

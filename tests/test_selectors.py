@@ -6,37 +6,14 @@ import itertools
 import random
 
 import pytest
+from select_cases import ids, pool, select, size
 
 from dccot_jax.config import ConfigError
 from dccot_jax.records import make_trace
-from dccot_jax.select.selectors import Candidate, SelectionError, apply_steps, check_steps, required_signals
+from dccot_jax.select.candidates import Candidate
+from dccot_jax.select.columns import ScoreColumns
+from dccot_jax.select.selectors import SelectionError, apply_steps, check_steps, required_signals
 from dccot_jax.select.stage import make_candidates
-
-
-def pool(n: int = 40, seed: int = 0) -> list[Candidate]:
-    """Groups of one to three rows with coarse values (so that there are ties) and a few without a value."""
-    rng = random.Random(seed)
-    found = []
-    for _ in range(n):
-        group = f"g{rng.randrange(10**9):09d}"
-        size = rng.choice([1, 1, 1, 3])
-        values = {} if rng.random() < 0.1 else {"nll": rng.choice([0.5, 1.0, 1.5, 2.0]), "student_error": float(rng.random() < 0.5)}
-        verdict = rng.choice([True, True, False, None])
-        found.append(Candidate(group, tuple(sorted(f"{group}-{j}" for j in range(size))), rng.randrange(5, 60), verdict, "why", values))
-    return found
-
-
-def select(candidates, *steps, seed=0, available=("nll", "student_error")):
-    return apply_steps(candidates, steps, seed=seed, available=available)
-
-
-def ids(candidates):
-    return {i for c in candidates for i in c.ids}
-
-
-def size(candidates):
-    return sum(len(c.ids) for c in candidates)
-
 
 STEPS = [
     {"name": "none"},
@@ -48,13 +25,30 @@ STEPS = [
     {"name": "middle", "signal": "nll", "share": 0.3},
     {"name": "random", "rows": 9},
     {"name": "random", "match": {"name": "teacher_correct"}},
+    {"name": "quantile", "signal": "nll", "low": 0.2, "high": 0.7},
+    {"name": "gumbel_topk", "signal": "nll", "tokens": 300},
+    {"name": "stratified", "by": "teacher", "rows": 15},
+    {"name": "stratified", "by": "nll", "bins": 3, "tokens": 400, "allocation": "equal"},
+    {"name": "per_question_best", "signal": "nll"},
+    {"name": "pareto", "signals": ("nll", "entropy"), "rows": 20},
+    {"name": "deita", "signals": "nll", "vector": "embedding", "tau": 0.5},
+    {"name": "kcenter", "vector": "embedding", "tokens": 300},
+    {"name": "facility_location", "vector": "embedding", "rows": 11},
+    {"name": "semdedup", "vector": "embedding", "epsilon": 0.1},
+    {"name": "minhash", "text": "question", "ngram": 1, "threshold": 0.5},
+    {"name": "dsir", "target": "synth_arithmetic", "rows": 12},
+    {"name": "s1k", "by": "teacher", "rows": 12},
+    {"name": "limo", "tokens": 250},
+    {"name": "s2l", "vector": "trajectory", "clusters": 5, "rows": 14},
 ]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: s["name"])
 def test_every_row_is_kept_or_dropped_with_a_reason_and_order_does_not_matter(step):
     candidates = pool()
-    kept, dropped, reports = select(candidates, step)
+    corpora = {"synth_arithmetic:question": ["apples and pens", "seven red apples"]}
+    kept, dropped, reports = select(candidates, step, corpora=corpora)
+    assert 0 < len(kept) < len(candidates) or step["name"] == "none"
     assert ids(kept) | {d.id for d in dropped} == ids(candidates)
     assert not ids(kept) & {d.id for d in dropped}
     assert all(d.reason and d.detail for d in dropped)
@@ -65,13 +59,13 @@ def test_every_row_is_kept_or_dropped_with_a_reason_and_order_does_not_matter(st
     assert sum(report.dropped.values()) == len(dropped) == report.rows_in - report.rows_out
     shuffled = list(candidates)
     random.Random(5).shuffle(shuffled)
-    assert select(shuffled, step)[:2] == (kept, dropped)
+    assert select(shuffled, step, corpora=corpora)[:2] == (kept, dropped)
 
 
 @pytest.mark.parametrize("name", ["top", "bottom"])
 @pytest.mark.parametrize("budget", [{"rows": 1}, {"rows": 17}, {"tokens": 400}, {"share": 0.5}, {"rows": 10_000}])
 def test_top_and_bottom_match_brute_force(name, budget):
-    candidates = pool(seed=3)
+    candidates = pool(seed=4)
     kept, dropped, _ = select(candidates, {"name": name, "signal": "nll", **budget})
     scored = [c for c in candidates if "nll" in c.values]
     sign = -1 if name == "top" else 1
@@ -218,8 +212,8 @@ def test_groups_are_scored_by_their_forward_part_and_dropped_whole():
     single = [trace("q4", "forward", "")]
     rows = [*reverse, *torn, *wrong, *single]
     tokens = [{"id": t.id, "prompt_tokens": 3, "completion_tokens": 10 + i} for i, t in enumerate(rows) if t is not torn[1]]
-    scores = {t.id: {"nll": float(i)} for i, t in enumerate(rows) if t is not reverse[1]}
-    candidates = make_candidates(rows, tokens, scores, ["nll"])
+    scores = ScoreColumns({"nll": {t.id: float(i) for i, t in enumerate(rows) if t is not reverse[1]}}, {})
+    candidates = make_candidates(rows, tokens, scores)
     found = {c.group_id: c for c in candidates}
     assert found["G"].values["nll"] == 0.0 and found["G"].verdict is True
     assert found["G"].completion_tokens == 10 + 11 + 12 and len(found["G"].ids) == 3
@@ -230,7 +224,7 @@ def test_groups_are_scored_by_their_forward_part_and_dropped_whole():
     assert ids(kept) == {t.id for t in (*reverse, torn[0], *single)}
     assert {d.id for d in dropped} == {t.id for t in wrong}
     with pytest.raises(ValueError, match="do not belong together"):
-        make_candidates(rows[1:], tokens, scores, ["nll"])
+        make_candidates(rows[1:], tokens, scores)
 
 
 def test_streams_draw_independently_and_the_default_one_is_nested():

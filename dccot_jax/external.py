@@ -1,0 +1,78 @@
+"""Files outside the store that an artifact's identity depends on: what a run reads that no stage of it has made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dccot_jax import config as config_lib
+from dccot_jax.artifact import file_hash
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_hash(path: str, size: int, modified: float) -> str:
+    return file_hash(path)
+
+
+def _hash_of(path: Path) -> str:
+    stat = path.stat()
+    return _cached_hash(str(path), stat.st_size, stat.st_mtime)
+
+
+def _local_hashes(config: ConfigDict, tasks: Iterable[str]) -> dict[str, str]:
+    from dccot_jax.tasks.registry import get_task, local_files
+
+    if not config.data_dir:
+        return {}
+    found = {name: path for task in tasks for name, path in local_files(get_task(task), config.data_dir).items()}
+    return {f"file:{name}": _hash_of(path) for name, path in sorted(found.items())}
+
+
+def task_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of the local files of the training task and every evaluation task."""
+    from dccot_jax.tasks.registry import evaluation_tasks
+
+    groups = evaluation_tasks(config.traces.task, config.evaluate.iid, config.evaluate.ood, config.evaluate.cross)
+    return _local_hashes(config, [config.traces.task, *(name for group in groups.values() for name in group)])
+
+
+def trace_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of replayed trace files and of the training task's local files."""
+    root = Path(config.data_dir).expanduser() if config.data_dir else Path()
+    names = {name for spec in config.traces.teachers for name in spec.get("files", ())}
+    replayed = {name: root / Path(name).expanduser() for name in sorted(names)}
+    hashes = {f"file:{name}": _hash_of(path) for name, path in replayed.items() if path.exists()}
+    return hashes | _local_hashes(config, [config.traces.task])
+
+
+def select_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of the user's own score tables and of the local files of the tasks that a selection is to resemble."""
+    from dccot_jax.select.selectors import required_corpora
+
+    paths = {name: Path(name).expanduser() for name in sorted(config.select.tables)}
+    hashes = {f"file:{name}": _hash_of(path) for name, path in paths.items() if path.exists()}
+    return hashes | _local_hashes(config, required_corpora(config_lib.to_plain(config.select.steps)).values())
+
+
+def student_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of a pretrained student's config, tokenizer and weight files."""
+    found = {}
+    for key in ("path", "tokenizer"):
+        value = config.student[key]
+        folder = Path(value).expanduser()
+        if value and value != "embedded" and folder.is_dir():
+            for path in sorted(folder.iterdir()):
+                if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
+                    found[f"{key}:{path.name}"] = _hash_of(path)
+    return found
+
+
+EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
+    "task_files": task_files,
+    "trace_files": trace_files,
+    "select_files": select_files,
+    "student_files": student_files,
+}
