@@ -26,13 +26,13 @@ def table(results: dict) -> str:
     cells = {(cell["arm"], cell["task"]): cell for cell in results["cells"]}
     heads = ("task", "relation", "n", "untrained", "trained [95 % interval]", "mean tokens", "truncated", "no answer", "gold NLL")
     lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
-    for group, tasks in results["groups"].items():
-        for task in tasks:
+    for group, relation in {"iid": "IID", "ood": "OOD", "cross": "cross-domain"}.items():
+        for task in results["groups"].get(group, ()):
             base, trained = cells["base", task], cells["quickstart", task]
             low, high = trained["accuracy_flexible_interval"]
             row = (
                 task,
-                {"iid": "IID", "ood": "OOD", "cross": "cross-domain"}[group],
+                relation,
                 trained["n"],
                 f"{base['accuracy_flexible']:.1%}",
                 f"{trained['accuracy_flexible']:.1%} [{low:.1%}, {high:.1%}]",
