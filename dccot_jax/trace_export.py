@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow.compute as pc
+import pyarrow as pa
 from etils import epath
 
 from dccot_jax.artifact import ArmRun
@@ -59,8 +59,9 @@ def _meaning(run: ArmRun, stage: str) -> tuple[str, ...]:
 def _traces(run: ArmRun, stage: str) -> list[Trace]:
     if stage != "select":
         return table_to_traces(run.artifacts[stage].table("traces"))
+    kept = set(run.artifacts["select"].table("kept")["id"].to_pylist())
     table = run.artifacts["verify"].table("traces")
-    return table_to_traces(table.filter(pc.is_in(table["id"], value_set=run.artifacts["select"].table("kept")["id"].combine_chunks())))
+    return table_to_traces(table.filter(pa.array([identity in kept for identity in table["id"].to_pylist()])))
 
 
 def _suffix(run: ArmRun) -> bool:

@@ -78,7 +78,9 @@ def build_groups(
             placed[identity] = (number, group, prompt, completion)
         else:
             partial.add(group)
-    records = {record[0]: dict(zip(TRACE_COLUMNS, record)) for record in _rows(traces, TRACE_COLUMNS) if record[0] in wanted}
+    records: dict[str, dict[str, Any]] = {
+        record[0]: dict(zip(TRACE_COLUMNS, record)) for record in _rows(traces, TRACE_COLUMNS) if record[0] in wanted
+    }
     members: dict[str, list[Row]] = {}
     dropped: list[Dropped] = []
     for identity in sorted(wanted):

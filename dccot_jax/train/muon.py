@@ -38,17 +38,17 @@ def scale_by_muon(beta: float, eps: float = 1e-8) -> optax.GradientTransformatio
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, grads)
+        mu = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, updates)
         ahead = beta / (1 - beta ** (count + 1).astype(jnp.float32))
         now = (1 - beta) / (1 - beta ** count.astype(jnp.float32))
 
         def scaled(m: jax.Array, g: jax.Array) -> jax.Array:
             return RMS * math.sqrt(max(m.shape[1:])) * orthogonalize(ahead * m + now * g, eps)
 
-        return jax.tree.map(scaled, mu, grads), MuonState(count, mu)
+        return jax.tree.map(scaled, mu, updates), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 

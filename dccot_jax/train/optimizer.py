@@ -66,7 +66,7 @@ def make_optimizer(train: Any) -> optax.GradientTransformation:
     """
     transform = optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.float32)
     if train.optimizer == "muon":
-        parts = {"muon": scale_by_muon(train.momentum), "adamw": transform}
+        parts: dict[Any, optax.GradientTransformation] = {"muon": scale_by_muon(train.momentum), "adamw": transform}
         transform = optax.partition(parts, lambda params: jax.tree.map(lambda p: "muon" if p.ndim == 3 else "adamw", params))
     return optax.chain(transform, optax.add_decayed_weights(train.weight_decay, mask=decay_mask))
 
