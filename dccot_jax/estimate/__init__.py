@@ -1,0 +1,1 @@
+"""What a training needs and how long it takes, before any machine is there: `dccot estimate`."""
