@@ -1,0 +1,140 @@
+"""What decides the cost of a training step: the model, the batch, the mesh, and the few settings that trade memory for time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from dccot_jax.config import to_plain
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import AXES, MeshError, mesh_shape, param_specs, weight_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One training step on a mesh.
+
+    Attributes:
+      mc: the student. mesh: devices along (data, fsdp, tensor).
+      rows, tokens: packed rows of one optimizer step over all devices, and tokens per row.
+      microbatches, remat, optimizer, compute_dtype: as in the config.
+    """
+
+    mc: ModelConfig
+    mesh: tuple[int, int, int]
+    rows: int
+    tokens: int
+    microbatches: int
+    remat: str
+    optimizer: str
+    compute_dtype: str
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh)
+
+    @property
+    def shards(self) -> int:
+        """Devices over which the rows of a batch are spread."""
+        return self.mesh[0] * self.mesh[1]
+
+    @property
+    def device_rows(self) -> int:
+        """Rows of one micro-batch on one device; rounded up where they do not divide."""
+        return math.ceil(self.rows / (self.microbatches * self.shards))
+
+    @property
+    def compute_bytes(self) -> int:
+        return 2 if self.compute_dtype == "bfloat16" else 4
+
+    @property
+    def abstract_mesh(self) -> AbstractMesh:
+        return AbstractMesh(self.mesh, AXES)
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        return dict(zip(AXES, self.mesh))
+
+    def problem(self) -> str:
+        """Why the trainer would refuse it, or ""."""
+        if self.rows % (self.microbatches * self.shards):
+            return (
+                f"config.train.rows_per_step: {self.rows} is not a multiple of train.microbatches × (devices along data and fsdp) = "
+                f"{self.microbatches} × {self.shards}"
+            )
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight of the model, for its layers together where it is stacked.
+
+    Attributes:
+      elements: in all. local: on one device as stored. used: on one device where it is used, gathered over fsdp; all its layers.
+      layers: 1, or how many are stacked. matrix: (m, n) of one layer, () for vectors.
+    """
+
+    name: str
+    elements: int
+    local: int
+    used: int
+    layers: int
+    stacked: bool
+    matrix: tuple[int, ...]
+
+
+def training_of(config: ConfigDict, mc: ModelConfig, devices: int) -> tuple[Training, str]:
+    """The training of a config on so many devices, and why its mesh or its batch cannot be, or "".
+
+    Where the mesh does not fit the devices the figures are those of all devices along fsdp.
+    """
+    train, problem = config.train, ""
+    try:
+        shape = mesh_shape(to_plain(config.mesh), devices)
+    except MeshError as error:
+        shape, problem = (1, devices, 1), f"config.{error}"
+    found = Training(
+        mc=mc,
+        mesh=(shape[0], shape[1], shape[2]),
+        rows=train.rows_per_step,
+        tokens=train.row_tokens,
+        microbatches=train.microbatches,
+        remat=train.remat,
+        optimizer=train.optimizer,
+        compute_dtype=config.compute_dtype,
+    )
+    return found, problem or found.problem()
+
+
+@functools.lru_cache(maxsize=1024)
+def weights(mc: ModelConfig, mesh: tuple[int, int, int]) -> tuple[Weight, ...]:
+    """Every weight with its share per device, by the one table from weight to mesh axes (`model/sharding.py`)."""
+    sizes = dict(zip(AXES, mesh))
+    shapes, specs = weight_shapes(mc), param_specs(mc, AbstractMesh(mesh, AXES))
+    found = []
+    for name, shape, spec, stacked in _flat(shapes, specs):
+        axes = [axis for axis in spec if axis is not None]
+        elements = math.prod(shape)
+        own = shape[1:] if stacked else shape
+        found.append(
+            Weight(
+                name=name,
+                elements=elements,
+                local=elements // math.prod(sizes[axis] for axis in axes),
+                used=elements // (sizes["tensor"] if "tensor" in axes else 1),
+                layers=shape[0] if stacked else 1,
+                stacked=stacked,
+                matrix=tuple(own) if len(own) == 2 else (),
+            )
+        )
+    return tuple(found)
+
+
+def _flat(shapes: dict[str, Any], specs: dict[str, Any]) -> list[tuple[str, tuple[int, ...], Any, bool]]:
+    top = [(name, shape, specs[name], False) for name, shape in shapes.items() if name != "layers"]
+    return top + [(name, shape, specs["layers"][name], True) for name, shape in shapes["layers"].items()]
