@@ -116,7 +116,9 @@ def _scan(
 ) -> tuple[Any, Any]:
     """Scan `body` over chunks [n, B, C, ...] of arrays [B, T, ...], zero-padded to whole chunks."""
     batch, length = hidden.shape[:2]
-    size = min(chunk or _default_chunk(mc, batch), length)
+    mesh = explicit_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in (*BATCH, "tensor")) if mesh is not None else 1
+    size = min(chunk or default_chunk(mc, batch, shards), length)
     count = math.ceil(length / size)
     size = math.ceil(length / count)
 
@@ -128,7 +130,6 @@ def _scan(
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, tuple(split(x) for x in (hidden, *arrays)))
 
 
-def _default_chunk(mc: ModelConfig, batch: int) -> int:
-    mesh = explicit_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in (*BATCH, "tensor")) if mesh is not None else 1
+def default_chunk(mc: ModelConfig, batch: int, shards: int) -> int:
+    """Positions per chunk, so that each of the devices that share the logits [batch, chunk, V] holds `_CHUNK_ELEMENTS` of them at most."""
     return max(16, _CHUNK_ELEMENTS * shards // (batch * mc.vocab_size))
