@@ -1,0 +1,93 @@
+"""Predicted step time: the largest of three times, each at its peak rate, as if they overlapped perfectly.
+
+  compute    executed FLOPs / peak rate of matrix products
+  memory     bytes that must pass between memory and the cores / memory bandwidth
+  links      bytes that a device receives from others / bandwidth of its links one way
+
+It is a bound: a real step is slower (2023-26 trainers reach 35-65 % MFU at 7B and more, less for small students). Counted:
+  memory     per micro-batch and pass, every weight of the layers as used and the activations around its product, the head for every
+             chunk, float32 logits twice; attention scores, which are materialised, at 12 bytes each; once per step gradients and
+             optimizer state.
+  links      per micro-batch, over fsdp: every weight of the layers gathered once forward and once backward in the compute dtype, its
+             gradient scattered in float32; the head the same for every chunk, its gradient summed whole instead of scattered;
+             the table gathered once, its gradient summed whole. Over data: gradients summed in float32. Over tensor: four sums of
+             the residual stream per layer, two more where it is recomputed, in float32. A gather or a scatter over n devices moves
+             (n-1)/n of the array, a sum twice that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dccot_jax.estimate.flops import PASSES, executed_flops, model_flops
+from dccot_jax.estimate.memory import FLOAT32, head_chunks, head_table, optimizer_bytes
+from dccot_jax.estimate.topologies import Topology
+from dccot_jax.estimate.training import Training, weights
+
+_SCORE_BYTES = 12  # float32 scores written and read, probabilities in the compute dtype written and read
+
+
+def predict(training: Training, topology: Topology) -> dict[str, Any]:
+    """Step time in seconds, what bounds it, the three times, MFU and tokens/s per chip (all positions of the rows)."""
+    times = {
+        "compute": compute_seconds(training, topology),
+        "memory": memory_bytes_moved(training) / topology.chip.memory_bandwidth,
+        "links": link_bytes(training) / topology.link_bandwidth,
+    }
+    bound = max(times, key=lambda name: times[name])
+    seconds = times[bound]
+    peak = topology.chip.peak_bf16 if training.compute_dtype == "bfloat16" else topology.chip.peak_float32
+    return {
+        "step_seconds": seconds,
+        "bound": bound,
+        "seconds": times,
+        "mfu": model_flops(training) / (seconds * training.devices * peak),
+        "tokens_per_second_per_chip": training.rows * training.tokens / (seconds * training.devices),
+    }
+
+
+def compute_seconds(training: Training, topology: Topology) -> float:
+    """Executed FLOPs at the peak rate of their dtype."""
+    work = executed_flops(training)
+    peak = topology.chip.peak_bf16 if training.compute_dtype == "bfloat16" else topology.chip.peak_float32
+    return work["compute"] / peak + work["float32"] / topology.chip.peak_float32
+
+
+def memory_bytes_moved(training: Training) -> float:
+    """Bytes between memory and cores of one device in a step."""
+    mc, size, passes = training.mc, training.compute_bytes, PASSES[training.remat]
+    tensor, positions = training.mesh[2], training.device_rows * training.tokens
+    heads = mc.num_heads / (tensor if mc.num_kv_heads % tensor == 0 else 1)
+    vocab = mc.vocab_size / (tensor if mc.vocab_size % tensor == 0 else 1)
+    moved = passes["head"] * head_chunks(training)[0] * head_table(training).used * float(size)
+    for weight in weights(mc, training.mesh):
+        if weight.stacked and weight.matrix:
+            share = weight.used / weight.elements
+            around = positions * weight.layers * (weight.matrix[0] + weight.matrix[1] * share)
+            moved += passes["linear"] * (weight.used + around) * size
+    moved += passes["attention"] * mc.num_layers * positions * training.tokens * heads * _SCORE_BYTES
+    moved += passes["head"] * positions * vocab * 2 * FLOAT32
+    moved *= training.microbatches
+    stored = sum(weight.local for weight in weights(mc, training.mesh)) * FLOAT32
+    return moved + 3 * stored + 2 * optimizer_bytes(training)  # gradients read, parameters and moments read and written
+
+
+def link_bytes(training: Training) -> float:
+    """Bytes one device receives in a step."""
+    data, fsdp, tensor = training.mesh
+    size, head, chunks = training.compute_bytes, head_table(training), head_chunks(training)[0]
+    found = 0.0
+    for weight in weights(training.mc, training.mesh):
+        uses = (chunks if weight.name == head.name else 0) + (1 if weight.name == "embed" else 0)  # 0: once in every layer
+        gathers = 2 * uses - (1 if weight.name == "embed" else 0) if uses else 2
+        summed = 2 * FLOAT32 * max(uses, 1)
+        if weight.local == weight.used:  # not split over fsdp
+            found += (fsdp - 1) / fsdp * weight.used * summed
+        else:
+            found += (fsdp - 1) / fsdp * weight.used * (gathers * size + (summed if uses else FLOAT32))
+        found += (data - 1) / data * weight.local * summed
+    if tensor > 1:
+        sums = 4 + (2 if training.remat == "nothing_saveable" else 0)
+        residual = training.device_rows * training.tokens * training.mc.hidden_size * FLOAT32
+        found += sums * training.mc.num_layers * 2 * (tensor - 1) / tensor * residual
+    return found * training.microbatches
