@@ -1,0 +1,94 @@
+"""The compiler's own figures: the real train step, compiled for a TPU that is not there.
+
+Needs libtpu (extra `aot`), whose compiler works without a chip. Compiling takes a minute or a few on a laptop's cores. An over-full
+program is an answer, not an error: the compiler says how much it would have used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies as jax_topologies
+from ml_collections import ConfigDict
+
+from dccot_jax.estimate.topologies import GIB, Topology, TopologyError
+from dccot_jax.estimate.training import Training
+from dccot_jax.model.sharding import make_mesh
+from dccot_jax.train.checkpoint import abstract_params
+from dccot_jax.train.feed import batch_sharding
+from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.step import abstract_state, make_train_step
+
+# Without them libtpu looks for a chip, asks the cloud's metadata server, and refuses a second process.
+_ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
+
+
+def compiler_memory(config: ConfigDict, training: Training, topology: Topology) -> dict[str, Any]:
+    """Bytes per device of the compiled step.
+
+    Returns:
+      {"arguments", "temporaries", "outputs", "aliases", "total", "fits", "seconds", "libtpu", "jax"}; total = arguments + temporaries +
+      outputs - aliases. Of a program that does not fit only the total is known, the parts are None.
+
+    Raises:
+      TopologyError: not a TPU, or libtpu does not know the slice.
+    """
+    mesh = make_mesh(training.mesh_sizes, _devices(topology))
+    group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
+    state = abstract_state(abstract_params(training.mc, mesh), make_optimizer(group), mesh)
+    shape = (training.rows, training.tokens)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=batch_sharding(mesh))
+        for name in BATCH_FIELDS
+    }
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(training.mc, mesh, group, jnp.dtype(training.compute_dtype), steps=max(group.steps, 1)).lower(
+            state, batch
+        )
+    parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases"))
+    try:
+        stats = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        total, fits = over_full(str(error)), False
+        if total is None:
+            raise
+    else:
+        parts = {
+            "arguments": stats.argument_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "aliases": stats.alias_size_in_bytes,
+        }
+        total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        fits = True
+    versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
+    return {**parts, "total": total, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
+
+
+def over_full(message: str) -> int | None:
+    """Bytes a program would have used, from the compiler's refusal ("Used 21.30G of 15.75G hbm"); None if it is about something else."""
+    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _devices(topology: Topology) -> Any:
+    if topology.chip.platform != "tpu":
+        raise TopologyError(f"--aot: there is no compiler for {topology.name} without the machine; TPU slices have one")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    # One host holds a whole small slice; larger ones have 2 × 2 chips each, which is libtpu's default.
+    bounds = {"chips_per_host_bounds": (*topology.shape, 1)[:3]} if topology.hosts == 1 else {}
+    devices = jax_topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
+    if len(devices) != topology.chips:
+        raise TopologyError(f"--aot: libtpu's {name} has {len(devices)} devices, {topology.chips} are expected")
+    return devices
