@@ -8,6 +8,7 @@
   dccot tasks    [--data_dir=DIR]
   dccot validate --config=FILE.py
   dccot doctor   [--workdir=DIR] [--config=FILE.py]
+  dccot estimate --config=FILE.py --topology=v5e-16|v5p-128|v6e-256|h100x8|cpu [--json] [--noaot]
 
 FORMAT is messages, prompt_completion, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select (default: the
 kept traces); FILE ends in .jsonl, .json or .parquet.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import sys
@@ -54,6 +56,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("format", None, "Format of exported traces.", flag_values=_FLAGS)
     flags.DEFINE_string("stage", "select", "Export the traces that this stage left.", flag_values=_FLAGS)
     flags.DEFINE_string("arm", "", "Export the traces of this arm, or arm/seed.", flag_values=_FLAGS)
+    flags.DEFINE_string("topology", None, "Machine to estimate for, by the cloud's name.", flag_values=_FLAGS)
+    flags.DEFINE_bool("json", False, "Print JSON.", flag_values=_FLAGS)
+    flags.DEFINE_bool("aot", None, "Ask the TPU compiler too; by default where libtpu is installed.", flag_values=_FLAGS)
     flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
     flags.DEFINE_bool("distributed", False, "Join other processes; Slurm, TPU pods, Kubernetes and MPI are detected.", flag_values=_FLAGS)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the cluster is not detected.", flag_values=_FLAGS)
@@ -319,6 +324,24 @@ def _doctor(console: Console) -> int:
     return report.run(config, workdir)
 
 
+def _estimate(console: Console) -> int:
+    import jax
+
+    from dccot_jax.estimate.assess import assess
+    from dccot_jax.estimate.report import render
+
+    config = _config()
+    if not _FLAGS.topology:
+        raise UsageError("--topology=NAME is needed, e.g. v5e-16, v5p-128, v6e-256, h100x8 or cpu")
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is touched
+    result = assess(config, _FLAGS.topology, compile_for=_FLAGS.aot, log=console.print)
+    if _FLAGS.json:
+        print(json.dumps(result, indent=1))
+    else:
+        render(result, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    return 0
+
+
 VERBS: dict[str, Callable[[Console], int]] = {
     "run": _run,
     "report": _report,
@@ -328,6 +351,7 @@ VERBS: dict[str, Callable[[Console], int]] = {
     "tasks": _tasks,
     "validate": _validate,
     "doctor": _doctor,
+    "estimate": _estimate,
 }
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

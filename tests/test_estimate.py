@@ -1,0 +1,362 @@
+"""The estimator against real small trees, hand-made sums, its own advice, and the compiler where libtpu is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_config
+from training_cases import TINY, UNTIED, mesh
+
+from dccot_jax import config as config_lib
+from dccot_jax.cli import main
+from dccot_jax.config import ConfigError
+from dccot_jax.estimate.assess import assess
+from dccot_jax.estimate.data import calls_per_question, data_totals
+from dccot_jax.estimate.flops import executed_flops, forward_per_token, model_flops, muon_flops
+from dccot_jax.estimate.memory import batch_bytes, fits, optimizer_bytes, step_memory
+from dccot_jax.estimate.roofline import link_bytes, predict
+from dccot_jax.estimate.student import student_model
+from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
+from dccot_jax.estimate.training import Training, training_of, weights
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.hf import from_hf
+from dccot_jax.train.checkpoint import abstract_params
+from dccot_jax.train.muon import _newton_schulz
+from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.step import abstract_state
+
+ROOT = Path(__file__).parent.parent
+STUDENTS = ROOT / "configs" / "students"
+EIGHT = ModelConfig(
+    family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+    tie_embeddings=False, max_positions=131072,
+)  # fmt: skip
+BASE = Training(
+    mc=EIGHT, mesh=(1, 64, 1), rows=64, tokens=4096, microbatches=1, remat="nothing_saveable", optimizer="adamw", compute_dtype="bfloat16"
+)  # fmt: skip
+
+
+def bytes_per_device(tree) -> int:
+    """What one device holds of a tree of ShapeDtypeStructs with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# --- arguments: counted from the state that the trainer itself would make ----------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("mc", [TINY, UNTIED], ids=["tied", "untied, biases"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_and_moments_are_those_of_the_abstract_state(mc, optimizer, sizes):
+    on = mesh(*sizes)
+    train = tiny_config(train__optimizer=optimizer).train
+    state = abstract_state(abstract_params(mc, on), make_optimizer(train), on)
+    training = dataclasses.replace(BASE, mc=mc, mesh=sizes, optimizer=optimizer)
+    assert step_memory(training).parameters == bytes_per_device(state["params"])
+    moments = [leaf for leaf in jax.tree.leaves(state["opt"]) if leaf.ndim > 0]
+    assert optimizer_bytes(training) == bytes_per_device(moments)
+    assert sum(weight.elements for weight in weights(mc, sizes)) == mc.num_params()
+
+
+def test_batch_bytes_are_those_of_the_batch_on_one_device():
+    training = dataclasses.replace(BASE, mesh=(2, 4, 8), rows=64, microbatches=2)
+    assert batch_bytes(training) == 5 * (64 // 8) * 4096 * 4
+
+
+# --- an 8B student by hand ---------------------------------------------------------------------------------------------
+
+
+def test_eight_billion_by_hand():
+    """Llama-3.1-8B on 64 chips with FSDP: 8,030,261,248 parameters; 12 bytes each for weights and Adam's moments."""
+    memory = step_memory(BASE)
+    assert EIGHT.num_params() == 8_030_261_248
+    assert memory.parameters == 8_030_261_248 * 4 // 64 + 65 * 4096 * 4 * 63 // 64  # the 65 norms are on every chip
+    assert memory.optimizer == 2 * memory.parameters
+    # 2 FLOPs per weight: 32 × (2·4096² + 2·4096·1024 + 3·4096·14336) in the layers, 128256·4096 in the head;
+    # attention 2 × 2 × 4096 per key and layer, 2,048 keys on average.
+    linear, head, attention = 2 * 32 * 218_103_808, 2 * 525_336_576, 32 * 4 * 4096 * 2048
+    assert dataclasses.astuple(forward_per_token(EIGHT, 4096)) == (linear, attention, head)
+    assert model_flops(BASE) == 3 * (linear + attention + head) * 64 * 4096
+    # Six FLOPs per parameter and token, less the table's look-up, is within the attention's share of it.
+    assert model_flops(BASE) / (6 * 8.03e9 * 64 * 4096) == pytest.approx(1.0, abs=0.08)
+    assert executed_flops(BASE)["compute"] == 4 * (linear + 2 * attention + head) * 4096
+
+
+def test_roofline_by_hand():
+    """The same step on v5p-128: compute binds, 4/3 for recomputing and the other half of attention are not in MFU."""
+    found = predict(BASE, find_topology("v5p-128"))
+    forward = forward_per_token(EIGHT, 4096)
+    executed = 4 * (forward.linear + 2 * forward.attention + forward.head) * 4096
+    assert found["seconds"]["compute"] == pytest.approx(executed / 459e12)
+    assert found["step_seconds"] == max(found["seconds"].values())
+    useful = 3 * forward.total * 4096
+    assert found["mfu"] == pytest.approx(useful / 459e12 / found["step_seconds"])
+    # 16 chunks of the head: 2^25 logits are 261 positions. The head per chunk, the table once, the norms' gradients.
+    table, norms = 128256 * 4096, 65 * 4096
+    layers = 32 * 218_103_808
+    expected = 63 / 64 * (layers * (2 + 2 + 4) + table * (16 * (2 + 2 + 8) + 2 + 8) + norms * 8)
+    assert link_bytes(BASE) == pytest.approx(expected)
+    assert link_bytes(dataclasses.replace(BASE, mesh=(1, 1, 1))) == 0
+
+
+def test_forward_flops_are_what_the_compiler_counts():
+    """One layer, so that the scan's body counts once; matrix products only, which is nearly all of it at this size."""
+    from dccot_jax.model import decoder, head
+
+    mc = dataclasses.replace(
+        TINY, vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=1, head_dim=32, tie_embeddings=False, max_positions=128
+    )
+    shapes = jax.eval_shape(lambda: decoder.init_params(mc, 0))
+    rows = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def forward(params, tokens, segments, positions):
+        return head.logits(params, mc, decoder.forward(params, mc, tokens, segments, positions, remat="none"))
+
+    cost = jax.jit(forward).lower(shapes, rows, rows, rows).compile().cost_analysis()
+    found = forward_per_token(mc, 128)
+    assert cost["flops"] == pytest.approx(256 * (found.linear + 2 * found.attention + found.head), rel=0.05)
+
+
+def test_muon_flops_are_what_the_compiler_counts():
+    x = jax.ShapeDtypeStruct((3, 96, 192), jnp.float32)
+    cost = jax.jit(lambda x: _newton_schulz(x, 1e-8)).lower(x).compile().cost_analysis()
+    mc = dataclasses.replace(TINY, num_layers=3)
+    expected = 3 * 5 * (4 * 96 * 96 * 192 + 2 * 96**3)
+    assert cost["flops"] == pytest.approx(expected, rel=0.03)
+    square = [weight.matrix for weight in weights(mc, (1, 1, 1)) if weight.stacked and weight.matrix]
+    by_hand = sum(3 * 5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in square)
+    assert muon_flops(dataclasses.replace(BASE, mc=mc, mesh=(1, 1, 1))) == by_hand
+    assert muon_flops(dataclasses.replace(BASE, mc=mc, mesh=(1, 8, 1))) == by_hand // 3  # eight devices, three layers: one each
+
+
+# --- memory moves as it must -------------------------------------------------------------------------------------------
+
+
+def test_memory_follows_the_settings():
+    total = lambda **changes: step_memory(dataclasses.replace(BASE, rows=512, **changes)).total  # noqa: E731
+    assert total(microbatches=8) < total(microbatches=2) < total()
+    assert total() < total(remat="dots") < total(remat="none")
+    assert total(tokens=2048) < total()
+    assert total(mesh=(64, 1, 1)) > total(mesh=(8, 8, 1)) > total()
+    assert total(compute_dtype="float32") > total()
+    assert step_memory(BASE).phases[step_memory(BASE).peak] == max(step_memory(BASE).phases.values())
+
+
+def test_layers_add_their_inputs_and_their_gradients():
+    """One more layer costs, with everything thrown away but its input, its float32 gradient and [rows, T, D] in the compute dtype."""
+    deeper = dataclasses.replace(BASE, mc=dataclasses.replace(EIGHT, num_layers=33))
+    layer = 218_103_808 // 64 * 4 + 2 * 4096 * 4
+    added = step_memory(deeper).phases["layers"] - step_memory(BASE).phases["layers"]
+    assert added == layer + 4096 * 4096 * 2
+
+
+# --- machines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "hosts", "shape"),
+    [("v5e-16", 16, 4, (4, 4)), ("v5e-8", 8, 1, (2, 4)), ("v5p-128", 64, 16, (4, 4, 4)), ("v6e-256", 256, 64, (16, 16)),
+     ("v5litepod-16", 16, 4, (4, 4)), ("v5p-8", 4, 1, (2, 2, 1)), ("h100x8", 8, 1, ()), ("h100x32", 32, 4, ()), ("cpu", 1, 1, ())],
+)  # fmt: skip
+def test_topologies_count_chips(name, chips, hosts, shape):
+    found = find_topology(name)
+    assert (found.chips, found.hosts, found.shape) == (chips, hosts, shape)
+    assert not found.shape or math.prod(found.shape) == chips
+
+
+@pytest.mark.parametrize("name", ["v5e-17", "v5p-7", "v9-8", "h100x3", "h100-8", "gpu", ""])
+def test_unknown_topology_is_one_line_with_what_is_accepted(name, capsys):
+    with pytest.raises(TopologyError) as caught:
+        find_topology(name)
+    assert "v5e-N" in str(caught.value) and "h100" in str(caught.value) and "\n" not in str(caught.value)
+    if name:
+        assert main(["estimate", f"--config={ROOT}/configs/quickstart.py", f"--topology={name}"]) == 2
+        assert f"--topology={name}" in capsys.readouterr().err
+
+
+def test_larger_slices_grow():
+    assert [slice_.name for slice_ in larger(find_topology("v5e-64"))] == ["v5e-128", "v5e-256"]
+    assert [slice_.name for slice_ in larger(find_topology("h100x8"))] == ["h100x16", "h100x32", "h100x64", "h100x128"]
+    assert larger(find_topology("cpu")) == []
+
+
+# --- students ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688), ("llama-3.1-8b", 8_030_261_248),
+     ("qwen2.5-32b", 32_763_876_352)],
+)  # fmt: skip
+def test_shipped_shapes_have_the_published_number_of_parameters(name, parameters):
+    config = config_lib.override(config_lib.default_config(), {"student.path": str(STUDENTS / name)})
+    assert student_model(config)[0].num_params() == parameters
+    config = config_lib.override(config, {"student.path": str(STUDENTS / name / "config.json")})
+    assert student_model(config)[0].num_params() == parameters
+
+
+def test_a_student_the_trainer_refuses_for_its_rotary_positions_is_estimated_with_a_remark(tmp_path):
+    fields = json.loads((STUDENTS / "qwen2.5-0.5b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"rope_scaling": {"rope_type": "longest", "factor": 4.0}}))
+    config = config_lib.override(config_lib.default_config(), {"student.path": str(tmp_path)})
+    model, remarks = student_model(config)
+    assert model == from_hf(fields) and len(remarks) == 1 and "longest" in remarks[0]
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"hidden_act": "relu"}))
+    with pytest.raises(ConfigError, match="relu"):
+        student_model(config)
+
+
+def test_rows_beyond_the_students_positions_are_refused():
+    config = tiny_config(train__row_tokens=2048)
+    with pytest.raises(ConfigError, match=r"train\.row_tokens: 2048 .* 1024"):
+        student_model(config)
+
+
+# --- the verdict and the advice ----------------------------------------------------------------------------------------
+
+
+def shipped(name: str, **changes) -> config_lib.ConfigDict:
+    settings = {"student.path": str(STUDENTS / name), "compute_dtype": "bfloat16", "train.row_tokens": 4096, "train.rows_per_step": 64}
+    return config_lib.override(config_lib.default_config(), settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("config", "topology"),
+    [
+        (shipped("qwen2.5-1.5b", train__remat="none"), "v5e-16"),  # too many rows at a time
+        (shipped("llama-3.1-8b"), "v5e-16"),  # no setting is enough: a larger slice
+        (shipped("llama-3.1-8b", mesh__data=8, mesh__fsdp=1), "h100x8"),  # replicas are too large
+        (shipped("qwen2.5-0.5b", train__rows_per_step=8), "v5e-16"),  # fewer rows than chips
+        (shipped("qwen2.5-0.5b", mesh__fsdp=4, mesh__tensor=2), "v5e-16"),  # the mesh is for another number of chips
+    ],
+    ids=["rows", "8B", "replicas", "few rows", "mesh"],
+)
+def test_advice_fits_when_it_is_followed(config, topology):
+    result = assess(config, topology, compile_for=False)
+    assert not result["fits"] and result["advice"]
+    for option in result["advice"]:
+        followed = assess(config_lib.override(config, option["change"]), option["topology"], compile_for=False)
+        assert followed["fits"] and followed["advice"] == []
+        assert followed["memory"]["total"] == option["total_bytes"]
+        assert followed["prediction"]["step_seconds"] == option["step_seconds"]
+
+
+def test_what_fits_gets_no_advice_and_what_cannot_fit_gets_none():
+    assert assess(shipped("qwen2.5-0.5b", train__rows_per_step=16), "v5p-32", compile_for=False)["advice"] == []
+    hopeless = assess(shipped("qwen2.5-32b"), "cpu", compile_for=False)
+    assert not hopeless["fits"] and hopeless["advice"] == []
+
+
+def test_the_limit_is_the_chips_memory():
+    topology = find_topology("v5e-16")
+    training, _ = training_of(shipped("qwen2.5-0.5b"), student_model(shipped("qwen2.5-0.5b"))[0], topology.chips)
+    total = step_memory(training).total
+    at = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=total))
+    below = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=total - 1))
+    assert fits(step_memory(training), at) and not fits(step_memory(training), below)
+
+
+# --- teachers ----------------------------------------------------------------------------------------------------------
+
+
+def test_teacher_calls_and_tokens_by_hand():
+    config = tiny_config(
+        traces__samples=3, traces__max_tokens=100, augment__methods=("rephrase", "question", "answer", "reverse"), augment__max_tokens=50
+    )
+    totals = data_totals(config)
+    # 48 questions: 3 samples each; 2 + (1 + 5) + 3 + 3 calls of augmentation each.
+    assert totals["calls"] == 48 * 3 + 48 * (2 + 6 + 3 + 3)
+    assert totals["completion_tokens_at_most"] == 48 * 3 * 100 + 48 * 14 * 50
+    assert totals["prompt_tokens"] > 48 * 3 * 10
+
+
+def test_equal_requests_of_two_arms_count_once_and_replays_not_at_all():
+    teacher, other = {"kind": "scripted", "style": "verbose"}, {"kind": "scripted", "style": "noisy"}
+    arms = ({"name": "a"}, {"name": "b", "train.steps": 5}, {"name": "c", "traces.teachers": (teacher, other)})
+    assert data_totals(tiny_config(arms=arms))["calls"] == 2 * 48
+    replayed = {"kind": "replay", "name": "x", "files": ("x.json",)}
+    assert data_totals(tiny_config(traces__teachers=(replayed,)))["calls"] == 0
+
+
+def test_questions_that_are_not_at_hand_make_totals_unknown():
+    config = tiny_config(traces__task="gsm8k", traces__questions=0)
+    assert data_totals(config)["calls"] is None
+    assert data_totals(config_lib.override(config, {"traces.questions": 100}))["calls"] == 100
+
+
+def test_calls_per_question_are_those_of_the_methods(tmp_path):
+    """What the augment stage really asks a teacher that is always right, per method."""
+    from dccot_jax.augment.stage import augment
+    from dccot_jax.context import Context
+    from dccot_jax.tasks.registry import get_task, load_items
+    from dccot_jax.tasks.synthetic.teachers import ScriptedTeacher
+    from dccot_jax.teachers.cache import RequestCache
+    from dccot_jax.teachers.client import Usage
+    from dccot_jax.teachers.stage import _generate
+
+    config = tiny_config(traces__questions=6)
+    ctx = Context(workdir=tmp_path)
+    items = load_items("synth_arithmetic", "train", None, limit=6)
+    with RequestCache(tmp_path) as cache:
+        originals, _ = _generate(
+            ScriptedTeacher(style="verbose"), get_task("synth_arithmetic"), items, config, "train", cache, Usage(), ctx
+        )
+        for method in config_lib.AUGMENT_METHODS:
+            _, _, facts = augment(originals, config_lib.override(config, {"augment.methods": (method,)}), cache, ctx)
+            assert facts[method]["requests"] == len(items) * calls_per_question(config.augment, method), method
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+KEYS = {
+    **dict.fromkeys(("config", "arm"), str),
+    **dict.fromkeys(("topology", "student", "training", "memory", "prediction", "data"), dict),
+    **dict.fromkeys(("advice", "remarks"), list),
+    **dict.fromkeys(("flops_per_step", "tokens_per_step"), int),
+    "fits": bool,
+    "problem": (str, type(None)),
+    "compiler": (dict, type(None)),
+}
+ARGUMENTS, TEMPORARIES = ("parameters", "optimizer", "batch"), ("gradients", "activations", "logits", "temporaries")
+TOTALS = ("arguments", "peak_temporaries", "total", "available")
+
+
+@pytest.mark.parametrize(
+    ("config", "topology"),
+    [
+        ("quickstart.py", "cpu"),
+        ("quickstart.py", "v5e-16"),
+        ("tiny_arms.py", "h100x8"),
+        ("qwen2_5_svamp.py:0.5b", "v5e-16"),
+        ("llama3_1_svamp.py", "v5p-128"),
+    ],
+)
+def test_json_schema(config, topology, capsys):
+    assert main(["estimate", f"--config={ROOT}/configs/{config}", f"--topology={topology}", "--json", "--noaot"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {name: type(value) for name, value in result.items() if not isinstance(value, KEYS[name])} == {} and set(result) == set(KEYS)
+    assert all(isinstance(result["memory"][name], int) and result["memory"][name] >= 0 for name in (*ARGUMENTS, *TEMPORARIES, *TOTALS))
+    assert sum(result["memory"][name] for name in ARGUMENTS) == result["memory"]["arguments"]
+    assert result["topology"]["name"] == topology and result["memory"]["total"] > 0
+    assert 0 < result["prediction"]["mfu"] < 1
+    assert result["fits"] or result["advice"] or result["problem"]
+
+
+def test_tables_are_printed(capsys):
+    assert main(["estimate", f"--config={ROOT}/configs/llama3_1_svamp.py", "--topology=v5e-16", "--noaot"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("does not fit", "smallest change that fits", "--topology=v5e-", "optimizer state", "MFU", "8,030,261,248"):
+        assert words in shown
+
+
+def test_what_is_missing_is_one_line(capsys):
+    config = f"--config={ROOT}/configs/quickstart.py"
+    assert main(["estimate", config]) == 2 and "--topology=NAME is needed" in capsys.readouterr().err
+    assert main(["estimate", config, "--topology=h100x8", "--config.student.path=/nowhere"]) == 2
+    assert "config.student.path: no config.json in /nowhere" in capsys.readouterr().err
