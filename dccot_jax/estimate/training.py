@@ -53,10 +53,6 @@ class Training:
         return 2 if self.compute_dtype == "bfloat16" else 4
 
     @property
-    def abstract_mesh(self) -> AbstractMesh:
-        return AbstractMesh(self.mesh, AXES)
-
-    @property
     def mesh_sizes(self) -> dict[str, int]:
         return dict(zip(AXES, self.mesh))
 
