@@ -20,6 +20,11 @@ def test_the_compilers_refusal_is_read():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.30G of 15.75G hbm. Exceeded hbm capacity by 5.55G."
     assert over_full(message) == int(21.3 * GIB)
     assert over_full("Used 900.50M of 15.75G hbm") == int(900.5 * 2**20)
+    newer = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (16.71G) "
+        "exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert over_full(newer) == int(16.71 * GIB)
     assert over_full("INTERNAL: Mosaic failed") is None
 
 

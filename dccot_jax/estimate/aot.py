@@ -35,13 +35,14 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
     """Bytes per device of the compiled step.
 
     Returns:
-      {"arguments", "temporaries", "outputs", "aliases", "total", "fits", "seconds", "libtpu", "jax"}; total = arguments + temporaries +
-      outputs - aliases. Of a program that does not fit only the total is known, the parts are None.
+      {"arguments", "temporaries", "outputs", "aliases", "total", "allocated", "fits", "seconds", "libtpu", "jax"}; total = arguments +
+      temporaries + outputs - aliases; allocated is what the compiler lays out and compares with the chip's memory, a little less (None
+      where this jax does not say). Of a program that does not fit only the latter is known: it is the total too, the parts are None.
 
     Raises:
       TopologyError: not a TPU, or libtpu does not know the slice.
     """
-    mesh = make_mesh(training.mesh_sizes, _devices(topology))
+    mesh = make_mesh(training.mesh_sizes, tpu_devices(topology))
     group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
     state = abstract_state(abstract_params(training.mc, mesh), make_optimizer(group), mesh)
     shape = (training.rows, training.tokens)
@@ -55,10 +56,12 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
             state, batch
         )
     parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases"))
+    allocated: int | None
     try:
         stats = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        total, fits = over_full(str(error)), False
+        total = allocated = over_full(str(error))
+        fits = False
         if total is None:
             raise
     else:
@@ -69,18 +72,27 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
             "aliases": stats.alias_size_in_bytes,
         }
         total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        allocated = getattr(stats, "total_allocation_bytes", None)
         fits = True
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    return {**parts, "total": total, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
+    return {**parts, "total": total, "allocated": allocated, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
 
 
 def over_full(message: str) -> int | None:
-    """Bytes a program would have used, from the compiler's refusal ("Used 21.30G of 15.75G hbm"); None if it is about something else."""
-    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    """Bytes a program would have used, arguments included, from the compiler's refusal; None if it is about something else.
+
+    libtpu 0.0.50: "the total memory required for HLO temporaries (16.71G) exceeds available HBM (15.75G)"; earlier and later ones:
+    "Used 21.30G of 15.75G hbm".
+    """
+    found = re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM|Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    if not found:
+        return None
+    number, unit = (part for part in found.groups() if part is not None)
+    return int(float(number) * _UNITS[unit])
 
 
-def _devices(topology: Topology) -> Any:
+def tpu_devices(topology: Topology) -> Any:
+    """The slice's devices, to compile for. Raises TopologyError: not a TPU, or libtpu does not know the slice."""
     if topology.chip.platform != "tpu":
         raise TopologyError(f"--aot: there is no compiler for {topology.name} without the machine; TPU slices have one")
     for name, value in _ENVIRONMENT.items():
