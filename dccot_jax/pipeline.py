@@ -116,7 +116,7 @@ STAGES = {
 DATA_STAGES = ("traces", "augment")  # their randomness hangs on traces.seed, so that seeds share their data
 ORDER = tuple(STAGES)
 REPORT = "report"
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,9 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
     leaked, long_rows = traces[:7], traces[7:10]
     kept = traces[10:]
     scores = pa.table({"id": [t.id for t in kept], "ifd_loss": rng.normal(0.7, 0.12, len(kept)), "nll": rng.gamma(4, 0.4, len(kept))})
+    lengths = pa.table(
+        {"id": [t.id for t in kept], "prompt_tokens": [20] * len(kept), "completion_tokens": [30 + i % 9 for i in range(590)]}
+    )
     chosen = [t for t in kept if t.verdict or not arm.startswith(("correct", "random"))]
     out = [Dropped(t.id, "teacher_wrong") for t in kept if t not in chosen]
     steps = 120
@@ -131,7 +134,7 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
             store,
             "tokenize",
             data,
-            {"dropped": [Dropped(t.id, "too_long") for t in long_rows]},
+            {"dropped": [Dropped(t.id, "too_long") for t in long_rows], "tokens": lengths},
             StageResult("c", 593, 590, {"too_long": 3}, {"completion_tokens": 41234}),
             1.2,
         ),

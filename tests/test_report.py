@@ -127,11 +127,11 @@ def test_funnel_and_score_histograms_count_every_row(built):
     stages = {stage["stage"]: stage for stage in row["stages"]}
     assert stages["select"]["rows_in"] - sum(stages["select"]["dropped"].values()) == stages["select"]["rows_out"]
     assert stages["verify"]["dropped"] == {"leak": 7} and row["plan"]["completion_tokens"]["unique"] == 31_000
-    for entry in results["data"]["scores"]:
-        for signal in entry["signals"].values():
+    for entry in results["selection"]["recipes"]:
+        for signal in entry["histograms"].values():
             assert sum(signal["kept"]) + sum(signal["dropped"]) + signal["outside"] == signal["n"] == 590
-    chosen = next(entry for entry in results["data"]["scores"] if "correct_noisy" in entry["arms"])
-    assert sum(chosen["signals"]["nll"]["dropped"]) > 100
+    chosen = next(entry for entry in results["selection"]["recipes"] if "correct_noisy" in entry["arms"])
+    assert sum(chosen["histograms"]["nll"]["dropped"]) > 100
 
 
 class _Page(HTMLParser):

@@ -19,6 +19,7 @@ from dccot_jax.report import data
 from dccot_jax.report.evaluations import Evaluation, read_evaluations
 from dccot_jax.report.html import draw_figures, render_page
 from dccot_jax.report.results import build_results, compare_arms, lm_eval_results, summarise_arms
+from dccot_jax.report.selection import selection
 from dccot_jax.report.tables import print_tables
 
 _WIDTH = 160  # of the table where there is no terminal to fit
@@ -41,7 +42,8 @@ def build_report(runs: Sequence[ArmRun], out_dir: Path, cfg: ConfigDict, ctx: Co
     results = build_results(evaluations, to_plain(cfg), arms, comparisons, workdir)
     table, index = data.lineage(runs, workdir)
     results |= {
-        "data": {"funnel": data.funnel(runs), "scores": data.scores(runs)},
+        "data": {"funnel": data.funnel(runs)},
+        "selection": selection(runs, workdir),
         "training": data.training(runs),
         "costs": data.costs(runs),
         "config_differences": data.config_differences(runs),

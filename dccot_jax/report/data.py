@@ -1,4 +1,4 @@
-"""What happened to the data and in training, read from the artifacts' manifests and tables: funnel, scores, curves, lineage."""
+"""What happened to the data and in training, read from the artifacts' manifests and tables: funnel, curves, lineage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from etils.epath import Path
 from dccot_jax.artifact import ArmRun, Artifact
 
 FUNNEL = ("traces", "augment", "verify", "tokenize", "score", "select", "plan")
-_NOT_SIGNALS = ("id", "group_id")
 LINEAGE_SCHEMA = pa.schema(
     [
         pa.field("arm", pa.string(), nullable=False),
@@ -86,46 +85,6 @@ def read_log(artifact: Artifact) -> list[dict[str, Any]]:
             if "step" in row:
                 rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]
-
-
-def scores(runs: Sequence[ArmRun], bins: int = 40) -> list[dict[str, Any]]:
-    """Histograms of every signal over kept and dropped rows, one entry per distinct (score, select) pair of the arms' first seeds.
-
-    Returns [{arms, signals: {name: {edges [bins+1], kept [bins], dropped [bins], n, outside}}}]; edges span the 0.5 % to
-    99.5 % quantiles and `outside` counts the rows beyond them.
-    """
-    distinct: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in (group[0] for group in by_arm(runs).values()):
-        score, select = run.artifacts.get("score"), run.artifacts.get("select")
-        if score is None or select is None:
-            continue
-        key = (score.logical_hash, select.logical_hash)
-        if key in distinct:
-            distinct[key]["arms"].append(run.arm)
-            continue
-        table = score.table("scores")
-        kept = np.isin(table.column("id").to_numpy(), select.table("kept").column("id").to_numpy())
-        signals = {}
-        for name in table.column_names:
-            if name in _NOT_SIGNALS or not pa.types.is_floating(table.schema.field(name).type):
-                continue
-            values = np.asarray(table.column(name).to_numpy(zero_copy_only=False), np.float64)
-            finite = np.isfinite(values)
-            if finite.sum() < 2:
-                continue
-            low, high = np.quantile(values[finite], [0.005, 0.995])
-            edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-            inside = finite & (values >= edges[0]) & (values <= edges[-1])
-            signals[name] = {
-                "edges": edges.tolist(),
-                "kept": np.histogram(values[inside & kept], edges)[0].tolist(),
-                "dropped": np.histogram(values[inside & ~kept], edges)[0].tolist(),
-                "n": int(finite.sum()),
-                "outside": int((finite & ~inside).sum()),
-            }
-        if signals:
-            distinct[key] = {"arms": [run.arm], "seed": run.seed, "signals": signals}
-    return list(distinct.values())
 
 
 def costs(runs: Sequence[ArmRun]) -> dict[str, Any]:

@@ -30,10 +30,11 @@ def render_page(results: Mapping[str, Any], evaluations: Sequence[Evaluation], f
     Args:
       results: the finished results.json. figures: SVG documents by name, see `draw_figures`. samples: items shown side by side.
     """
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    source = resources.files("dccot_jax.report").joinpath("template.html.jinja").read_text()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = resources.files("dccot_jax.report")
+    loader = FunctionLoader(lambda name: folder.joinpath(name).read_text())
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "pct": _percent,
         "points": _points,
@@ -42,11 +43,14 @@ def render_page(results: Mapping[str, Any], evaluations: Sequence[Evaluation], f
         "marks": marks,
         "compact": _compact,
         "signed": _signed,
+        "sig": _significant,
+        "heat": _heat,
+        "passes": _passes,
     }
     arms = list(results["arms"])
     styles = {arm: {**style, "glyph": _GLYPHS[style["marker"]]} for arm, style in plots.arm_styles(arms, BASE).items()}
     declared = [row for row in results["comparisons"] if row["kind"] == "declared"]
-    return environment.from_string(source).render(
+    return environment.get_template("template.html.jinja").render(
         r=results,
         arms=arms,
         trained=[arm for arm in arms if arm != BASE],
@@ -61,10 +65,9 @@ def render_page(results: Mapping[str, Any], evaluations: Sequence[Evaluation], f
         funnels=_funnels(results["data"]["funnel"]),
         stage_titles=_STAGE_TITLES,
         figures={
-            name: plots.inline(svg, _LABELS.get(name.split(":")[0], name) + f" {position}")
-            for position, (name, svg) in enumerate(figures.items())
+            name: plots.inline(svg, f"Figure {position}: {_alternative(name, results)}")
+            for position, (name, svg) in enumerate(figures.items(), 1)
         },
-        histograms=[(f"scores:{position}", entry) for position, entry in enumerate(results["data"]["scores"])],
         samples=choose_samples(evaluations, results["groups"], samples),
         footnotes=footnotes(results["arms"]),
         has_nll=any(cell["gold_nll"] for cells in results["arms"].values() for cell in cells.values()),
@@ -79,12 +82,30 @@ _LABELS = {
     "tokens": "Accuracy against mean completion tokens",
     "steps": "Accuracy by number of reasoning steps",
     "loss": "Training loss",
-    "scores": "Score histograms",
 }
 
 
+def _alternative(name: str, results: Mapping[str, Any]) -> str:
+    """What a figure shows, in words, for those who do not see it."""
+    kind, *parts = name.split(":")
+    if kind == "scores":
+        one = results["selection"]["recipes"][int(parts[0])]
+        return f"Rows kept and dropped by {', '.join(one['arms'])}, histograms of {', '.join(one['histograms'])}"
+    if kind == "signals":
+        pool = results["selection"]["pools"][int(parts[0])]
+        sizes = ", ".join(f"{group} {rows} rows" for group, rows in pool["groups"].get(parts[1], {}).items())
+        return f"Histograms per {parts[1]} ({sizes or 'all rows'}) of {', '.join(ridge_panels(pool))}; quantiles are in the table below it"
+    return _LABELS[kind]
+
+
+def ridge_panels(pool: Mapping[str, Any]) -> dict[str, Any]:
+    """Distributions of a pool's signals and of the lengths of its vectors, by the title of their panel."""
+    norms = {f"|{name}|": vector["norm"] for name, vector in pool["vectors"].items() if vector["norm"] is not None}
+    return {**pool["signals"], **norms}
+
+
 def draw_figures(results: Mapping[str, Any]) -> dict[str, str]:
-    """Every figure that has data, as SVG documents by name: tokens, steps, loss, scores:0, scores:1, ..."""
+    """Every figure that has data, as SVG documents by name: tokens, steps, loss, signals:<pool>:<label>, scores:<recipe>."""
     styles = plots.arm_styles(list(results["arms"]), BASE)
     figures = {}
     if results["groups"]:
@@ -101,9 +122,20 @@ def draw_figures(results: Mapping[str, Any]) -> dict[str, str]:
         missing = [run["arm"] for run in results["training"] if run["arm"] not in styles]
         curve_styles = styles | plots.arm_styles(missing, BASE)
         figures["loss"] = plots.loss_curves(results["training"], curve_styles)
-    for position, entry in enumerate(results["data"]["scores"]):
-        figures[f"scores:{position}"] = plots.score_histograms(entry, f"scores{position}")
+    for position, pool in enumerate(results["selection"]["pools"]):
+        panels = ridge_panels(pool)
+        for label in _ridge_labels(pool) if panels else ():
+            figures[f"signals:{position}:{label}"] = plots.signal_ridges(panels, label, pool["groups"][label], f"signals{position}{label}")
+    for position, one in enumerate(results["selection"]["recipes"]):
+        if one["histograms"]:
+            figures[f"scores:{position}"] = plots.score_histograms(one["histograms"], f"scores{position}")
     return figures
+
+
+def _ridge_labels(pool: Mapping[str, Any]) -> list[str]:
+    """Labels that cut a pool into groups, one of those that cut it alike; the first one where none does."""
+    labels = [label for label, groups in pool["groups"].items() if len(groups) > 1] or list(pool["groups"])
+    return labels[:1] if pool["same_groups"] else labels
 
 
 def choose_samples(evaluations: Sequence[Evaluation], groups: Mapping[str, Sequence[str]], count: int) -> list[dict[str, Any]]:
@@ -184,6 +216,30 @@ def _signed(value: float) -> str:
 
 def _number(value: Any, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _significant(value: float | None) -> str:
+    """Four significant digits; whole numbers as they are, thousands grouped."""
+    if value is None:
+        return "–"
+    return (f"{value:,.0f}" if abs(value) >= 1e4 or value == round(value) else f"{value:#.4g}").replace("-", "−")
+
+
+def _heat(value: float | None) -> str:
+    """Background of a cell for a number in [-1, 1]: the stronger, the darker; two hues for the two signs."""
+    if value is None:
+        return ""
+    return f"background: color-mix(in srgb, var(--arm-{0 if value >= 0 else 1}) {round(55 * min(abs(value), 1.0))}%, transparent)"
+
+
+def _passes(declared: Mapping[str, Any]) -> str:
+    """`2 forward · 1 backward`: passes per row in words."""
+    found = [f"{declared[key]} {key}" for key in ("forward", "backward") if declared[key]]
+    if declared["generations"]:
+        found.append(f"{declared['generations']} answer per question")
+    if declared["undeclared"]:
+        found.append(f"not declared: {', '.join(declared['undeclared'])}")
+    return " · ".join(found) or "no model pass"
 
 
 def _compact(value: Any) -> str:

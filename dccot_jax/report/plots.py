@@ -16,7 +16,8 @@ BASE_COLOUR = "#7b8794"
 # Distinguishable in the common forms of colour blindness, and by marker where not.
 PALETTE = ("#2563c9", "#c2570c", "#0f8a5f", "#b8327a", "#6d4fd0", "#0b7f96", "#8a7a12", "#b3261e")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-KEPT, DROPPED = PALETTE[0], PALETTE[1]
+KEPT, DROPPED, RIDGE = PALETTE[0], PALETTE[1], PALETTE[5]
+_RIDGE_COLUMNS = 3
 _WIDE = 9.6  # inches: the page's text column
 
 
@@ -100,18 +101,64 @@ def loss_curves(trainings: Sequence[Mapping[str, Any]], styles: Mapping[str, Map
     return _panels([""], draw, "optimizer step", "loss (nats per weighted token)", columns=1, height=3.1, name="loss")
 
 
-def score_histograms(entry: Mapping[str, Any], name: str) -> str:
-    """One panel per signal: rows kept and rows dropped by the selection, stacked."""
+def score_histograms(signals: Mapping[str, Any], name: str) -> str:
+    """One panel per signal: rows kept and rows dropped by a selection, stacked."""
 
     def draw(axis: Any, signal: str) -> None:
-        data = entry["signals"][signal]
+        data = signals[signal]
         edges, kept, dropped = data["edges"], data["kept"], data["dropped"]
         width = edges[1] - edges[0]
         axis.bar(edges[:-1], kept, width=width, align="edge", color=KEPT, linewidth=0)
         axis.bar(edges[:-1], dropped, width=width, align="edge", bottom=kept, color=DROPPED, linewidth=0)
-        axis.set_title(signal, fontsize=9, loc="left", color=INK)
+        _count_title(axis, signal, data)
 
-    return _panels(list(entry["signals"]), draw, "score", "rows", columns=3, height=2.1, name=name)
+    return _panels(list(signals), draw, "score", "rows", columns=3, height=2.1, name=name)
+
+
+def signal_ridges(signals: Mapping[str, Any], label: str, sizes: Mapping[str, int], name: str) -> str:
+    """One panel per signal: a histogram of all rows and one per group of `label` under it, each of height 1, a tick at its median.
+
+    Args:
+      signals: {title: `distributions`}. sizes: {group: rows}, shown beside the group's histogram.
+    """
+    groups = list(sizes) if len(sizes) > 1 else []
+    rows = [f"all rows ({max((found['n'] for found in signals.values()), default=0):,})"]
+    rows += [f"{_middle(group)} ({sizes[group]:,})" for group in groups]
+    first = set(list(signals)[::_RIDGE_COLUMNS])
+
+    def draw(axis: Any, signal: str) -> None:
+        data = signals[signal]
+        for place, found in enumerate((data["all"], *(data["by"][label][group] for group in groups))):
+            most = max(found["counts"], default=0)
+            if not most:
+                continue
+            top = [-place + 0.82 * count / most for count in found["counts"]]
+            colour = RIDGE if place else MUTED
+            axis.stairs(top, data["edges"], baseline=-place, fill=True, color=colour, alpha=0.5, linewidth=0)
+            axis.stairs(top, data["edges"], baseline=-place, color=colour, linewidth=0.8)
+            if data["edges"][0] <= found["quantiles"][2] <= data["edges"][-1]:
+                axis.plot([found["quantiles"][2]] * 2, [-place, -place + 0.9], color=INK, linewidth=1.3, solid_capstyle="butt")
+        axis.set_ylim(-len(rows) + 0.85, 1.05)
+        axis.set_yticks(
+            [-place for place in range(len(rows))], rows if signal in first else [""] * len(rows), parse_math=False, va="bottom"
+        )
+        axis.tick_params(axis="y", length=0)
+        _count_title(axis, signal, data)
+
+    return _panels(list(signals), draw, "", "", columns=_RIDGE_COLUMNS, height=0.75 + 0.42 * len(rows), name=name)
+
+
+def _count_title(axis: Any, signal: str, data: Mapping[str, Any]) -> None:
+    """The signal and its n; whole ticks for whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(f"{signal}  (n = {data['n']:,})", fontsize=9, loc="left", color=INK, parse_math=False)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=data["edges"][1] - data["edges"][0] == 1 and data["edges"][0] % 1 == 0.5))
+
+
+def _middle(text: str, limit: int = 26) -> str:
+    """A long name with its middle left out."""
+    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-(limit // 2) :]}"
 
 
 def _panels(

@@ -1,0 +1,62 @@
+"""What signals cost: the passes of the scoring student that they declare, counted once where signals share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dccot_jax.config import ConfigError
+from dccot_jax.select.signals import required_stats, split_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Passes that one signal needs.
+
+    Attributes:
+      forward: names of its forward passes over every row; signals that name the same one share it.
+      backward: backward passes over every row. generations: answers of the student per question.
+    """
+
+    forward: tuple[str, ...] = ()
+    backward: int = 0
+    generations: int = 0
+
+
+# Signals that are not forward signals; those declare their views (`select/signals.py`), one forward pass each.
+OTHERS: Mapping[str, Passes] = {"student_error": Passes(generations=1)}
+
+
+def declared_passes(names: Iterable[str]) -> dict[str, Any]:
+    """Passes of all `names` together.
+
+    Returns {forward, backward: per row; generations: per question; views: names of the forward passes; undeclared: names that declare
+    nothing, such as columns of the user's own tables}.
+    """
+    views: dict[str, None] = {}
+    backward = generations = 0
+    undeclared = []
+    for name in sorted(set(names)):
+        found = OTHERS.get(name) or _forward_signal(name)
+        if found is None:
+            undeclared.append(name)
+            continue
+        views |= dict.fromkeys(found.forward)
+        backward += found.backward
+        generations = max(generations, found.generations)  # signals of one sample share it
+    return {
+        "forward": len(views),
+        "backward": backward,
+        "generations": generations,
+        "views": list(views),
+        "undeclared": undeclared,
+    }
+
+
+def _forward_signal(name: str) -> Passes | None:
+    try:
+        signals, _ = split_signals([name])
+    except ConfigError:
+        return None
+    return Passes(tuple(required_stats(signals))) if signals else None
