@@ -68,6 +68,8 @@ def test_bins_fit_what_is_counted():
     assert bin_edges(np.asarray([0.0, 1.0, 1.0])).tolist() == [-0.5, 0.5, 1.5]  # pyright: ignore[reportOptionalMemberAccess]
     assert bin_edges(np.full(5, 0.25)).tolist() == [-0.25, 0.75]  # pyright: ignore[reportOptionalMemberAccess]
     assert bin_edges(np.asarray([1.0])) is None
+    lengths = bin_edges(np.arange(100.0))
+    assert lengths is not None and lengths[0] == -0.5 and set(np.diff(lengths)) == {3.0} and lengths[-1] >= 99
     values = np.append(np.linspace(0, 1, 999), 1e6)
     edges = bin_edges(values)
     assert edges is not None and len(edges) == 41 and edges[-1] < 1.1

@@ -19,14 +19,20 @@ _CLIP = (0.005, 0.995)
 def bin_edges(values: np.ndarray, bins: int = BINS) -> np.ndarray | None:
     """Edges of a histogram of finite values [n], from the 0.5 % to the 99.5 % quantile; None for fewer than two values.
 
-    Whole numbers on a short range get one bin each over all of it; a constant gets one bin.
+    Bins of whole numbers are whole too, so that none of them holds more numbers than its neighbour: one each over all of a short range.
+    A constant gets one bin.
     """
     if len(values) < 2:
         return None
     low, high = float(values.min()), float(values.max())
-    if high - low <= _WHOLE_BINS and bool(np.all(values == np.round(values))):
+    whole = bool(np.all(values == np.round(values)))
+    if whole and high - low <= _WHOLE_BINS:
         return np.arange(low - 0.5, high + 1.0)
     low, high = np.quantile(values, _CLIP)
+    if whole:
+        low, high = np.floor(low), np.ceil(high)
+        width = np.ceil((high - low + 1) / bins)
+        return low - 0.5 + width * np.arange(np.ceil((high - low + 1) / width) + 1)
     if not high > low:
         return np.asarray([low - 0.5, low + 0.5])
     return np.linspace(low, high, bins + 1)

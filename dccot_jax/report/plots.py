@@ -153,7 +153,7 @@ def _count_title(axis: Any, signal: str, data: Mapping[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_title(f"{signal}  (n = {data['n']:,})", fontsize=9, loc="left", color=INK, parse_math=False)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=data["edges"][1] - data["edges"][0] == 1 and data["edges"][0] % 1 == 0.5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=data["edges"][0] % 1 == data["edges"][1] % 1 == 0.5))
 
 
 def _middle(text: str, limit: int = 26) -> str:
