@@ -379,7 +379,7 @@ def _hash_array(digest: Any, array: pa.Array | None) -> None:
         return
     digest.update(np.packbits(np.asarray(array.is_null())).tobytes())
     kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         lengths = pc.call_function("list_value_length", [array])
         digest.update(np.asarray(pc.fill_null(lengths, 0), np.int64).tobytes())
         _hash_array(digest, pc.call_function("list_flatten", [array]))

@@ -54,10 +54,11 @@ def _check_arm(config: ConfigDict, devices: int | None) -> None:
         raise ConfigError(f"config.{error}") from None
     _check_teachers(config)
     split_signals(config.score.signals)
-    check_steps(config.select.steps, *declared_columns(config))
+    numbers, vectors = declared_columns(config)
+    check_steps(config.select.steps, numbers, vectors)
     difficulty = config.curriculum.difficulty
     if config.curriculum.kind != "none":
-        if difficulty not in (*_KNOWN_DIFFICULTIES, *config.score.signals):
+        if difficulty not in _KNOWN_DIFFICULTIES and (difficulty not in config.score.signals or difficulty in vectors):
             raise ConfigError(
                 f"config.curriculum.difficulty: {difficulty!r} is not one of {', '.join(_KNOWN_DIFFICULTIES)}, nor in config.score.signals"
             )

@@ -11,6 +11,12 @@ from dccot_jax.model.config import ModelConfig
 
 def reference_logits(params: dict[str, Any], mc: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """float64 logits [T, V] of one document, tokens [T], positions 0..T-1."""
+    table = params["embed"].T if mc.tie_embeddings else params["head"]
+    return _cap(reference_hidden(params, mc, tokens) @ np.asarray(table, np.float64), mc.final_softcap)
+
+
+def reference_hidden(params: dict[str, Any], mc: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """float64 hidden states [T, D] after the final norm."""
     p = {name: np.asarray(x, np.float64) for name, x in params.items() if name != "layers"}
     x = p["embed"][tokens] * (np.sqrt(mc.hidden_size) if mc.arch.embed_scale else 1.0)
     for layer in range(mc.num_layers):
@@ -21,8 +27,7 @@ def reference_logits(params: dict[str, Any], mc: ModelConfig, tokens: np.ndarray
         gate, up = h @ w["w_gate"] + w.get("b_gate", 0.0), h @ w["w_up"] + w.get("b_up", 0.0)
         y = (_activation(mc, gate) * up) @ w["w_down"] + w.get("b_down", 0.0)
         x = x + (_norm(mc, y, w["mlp_post_norm"]) if mc.arch.post_norms else y)
-    x = _norm(mc, x, p["final_norm"])
-    return _cap(x @ (p["embed"].T if mc.tie_embeddings else p["head"]), mc.final_softcap)
+    return _norm(mc, x, p["final_norm"])
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:

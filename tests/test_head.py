@@ -9,7 +9,7 @@ import pytest
 from test_model import TIED, UNTIED, random_params
 
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.head import gather_positions, token_stats, weighted_nll
+from dccot_jax.model.head import STATS, gather_positions, token_stats, weighted_nll
 from dccot_jax.model.sharding import make_mesh, param_shardings
 
 CAPPED = ModelConfig("gemma2", 90, 24, 40, 2, 4, 2, 6, final_softcap=1.5)  # most logits lie beyond
@@ -70,6 +70,35 @@ def test_sharded_vocabulary_and_gathered_positions(mc: ModelConfig):
     np.testing.assert_array_equal(rows, np.take_along_axis(np.asarray(hidden), np.minimum(index, 36)[..., None], 1))
 
 
+def test_margin_error_norm_and_rank_equal_float64():
+    """Also where the closed form with sum p^2 - 2 p_y + 1 cancels: a label of probability near one."""
+    rng = np.random.default_rng(1)
+    mc = ModelConfig("llama", 131, 8, 8, 1, 1, 1, 8)
+    table = rng.standard_normal((131, 8)).astype(np.float32)
+    hidden = (rng.standard_normal((3, 21, 8)) * rng.choice([0.1, 1.0, 8.0], (3, 21, 1))).astype(np.float32)
+    z = hidden.astype(np.float64) @ table.T.astype(np.float64)
+    labels = np.where(rng.random((3, 21)) < 0.5, z.argmax(-1), rng.integers(0, 131, (3, 21)))
+    stats = jax.jit(lambda h: token_stats({"embed": table}, mc, h, labels, chunk=8))(hidden)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    one_hot = np.eye(131)[labels]
+    assert (p.max(-1) > 1 - 1e-6).any()
+    np.testing.assert_allclose(stats["error_norm"], np.sqrt(((p - one_hot) ** 2).sum(-1)), rtol=2e-4, atol=1e-9)
+    ordered = np.sort(p, -1)
+    np.testing.assert_allclose(stats["margin"], ordered[..., -1] - ordered[..., -2], atol=2e-6)
+    own = np.take_along_axis(z, labels[..., None], -1)
+    np.testing.assert_array_equal(stats["label_rank"], 1 + (z > own).sum(-1))
+
+
+def test_ties_have_no_margin_and_share_their_rank():
+    mc = ModelConfig("llama", 4, 2, 4, 1, 1, 1, 2)
+    table = np.array([[1, 0], [1, 0], [0, 1], [-1, 0]], np.float32)
+    hidden = np.array([[[1, 0], [0, 3]]], np.float32)
+    stats = token_stats({"embed": table}, mc, jnp.asarray(hidden), np.array([[1, 0]]))
+    assert stats["margin"][0, 0] == 0 and stats["margin"][0, 1] > 0.8
+    assert stats["label_rank"].tolist() == [[1.0, 2.0]]
+
+
 def test_no_array_of_batch_by_time_by_vocabulary():
     """The compiled loss and gradient need far less memory than one [B, T, V] array would."""
     mc = ModelConfig("llama", 4096, 16, 16, 1, 2, 1, 8)
@@ -83,6 +112,20 @@ def test_no_array_of_batch_by_time_by_vocabulary():
     step = jax.jit(jax.value_and_grad(lambda p, h, y, w: weighted_nll(p, mc, h, y, w, chunk=64)[0]))
     used = step.lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert used < 0.3 * 4 * shape[0] * shape[1] * 4096
+
+
+@pytest.mark.parametrize("want, chunks", [(("error_norm",), 2), (STATS, 8)], ids=["el2n", "all"])
+def test_statistics_hold_no_vocabulary_beyond_the_chunk(want, chunks: int):
+    mc = ModelConfig("llama", 4096, 16, 16, 1, 2, 1, 8)
+    shape, chunk = (2, 4096), 64
+    args = (
+        {"embed": jax.ShapeDtypeStruct((4096, 16), jnp.float32)},
+        jax.ShapeDtypeStruct((*shape, 16), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+    )
+    score = jax.jit(lambda p, h, y: token_stats(p, mc, h, y, want=want, chunk=chunk))
+    used = score.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert used < chunks * 4 * shape[0] * chunk * 4096
 
 
 def test_unknown_statistic_is_named():

@@ -42,6 +42,10 @@ def test_what_can_work_passes_unchanged(changes):
         ({"evaluate__limits": {"synth_arithmetic": -3}}, ["evaluate.limits: 'synth_arithmetic'", "-3", "at least 0"]),
         ({"evaluate__limit": -1}, ["evaluate.limit: -1", "at least 0"]),
         ({"traces__samples": 0}, ["traces.samples: 0", "at least 1"]),
+        (
+            {"score__signals": ("nll", "embedding_prompt"), "select__steps": (), "curriculum__difficulty": "embedding_prompt"},
+            ["curriculum.difficulty: 'embedding_prompt'", "config.score.signals"],
+        ),
         ({"score__warmup__share": 0.0}, ["score.warmup.share: 0.0", "(0, 1]"]),
         ({"score__warmup__share": 1.5}, ["score.warmup.share: 1.5", "(0, 1]"]),
         ({"score__warmup__steps": 0}, ["score.warmup.steps: 0", "at least 1"]),

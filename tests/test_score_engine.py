@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from etils import epath
-from reference_decoder import log_softmax, reference_logits
+from reference_decoder import log_softmax, reference_hidden, reference_logits
 from rich.console import Console
 
 from dccot_jax import config as config_lib
@@ -30,7 +31,8 @@ from dccot_jax.select.views import Row, bucket_length, bucket_of, chunk_tiles, c
 from dccot_jax.train.checkpoint import Student
 
 MC = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 16, rope_theta=500.0, tie_embeddings=False, max_positions=300)
-SIGNALS = ("entropy", "ifd_loss", "ifd_ppl", "nll", "nll_unconditional", "ppl")
+SIGNALS = ("el2n", "entropy", "ifd_loss", "ifd_ppl", "margin", "nll", "nll_unconditional", "ppl", "rank_surprisal")
+VECTORS = ("embedding_prompt", "embedding_rationale")
 CONTEXT = [5, 6, 7]
 TILE_TOKENS = 192  # 6 short or 2 long rows per tile and device
 
@@ -150,23 +152,31 @@ def reference(params: Any, row: Row) -> dict[str, float]:
     """All signals in float64 numpy from the full logits of the unpadded views."""
 
     def stats(ids: np.ndarray, completion: int) -> tuple[np.ndarray, np.ndarray]:
-        logp = log_softmax(reference_logits(params, MC, ids))
-        first = len(ids) - completion - 1
-        label = logp[np.arange(first, len(ids) - 1), ids[first + 1 :]]
-        return label, -(np.exp(logp) * logp).sum(-1)[first : len(ids) - 1]
+        logp = log_softmax(reference_logits(params, MC, ids))[len(ids) - completion - 1 : -1]
+        return logp, logp[np.arange(completion), ids[-completion:]]
 
     n = row.completion_tokens
-    conditional, entropy = stats(row.input_ids, n)
-    unconditional, _ = stats(np.concatenate([CONTEXT, row.input_ids[row.prompt_tokens :]]), n)
+    logp, conditional = stats(row.input_ids, n)
+    _, unconditional = stats(np.concatenate([CONTEXT, row.input_ids[row.prompt_tokens :]]), n)
     nll, alone = -conditional.mean(), -unconditional.mean()
+    p = np.exp(logp)
+    sorted_p = np.sort(p, axis=-1)
+    rank = 1 + (logp > conditional[:, None]).sum(-1)
     return {
         "nll": nll,
         "ppl": np.exp(nll),
         "nll_unconditional": alone,
         "ifd_loss": nll / alone,
         "ifd_ppl": np.exp(-conditional.mean()) / np.exp(-unconditional.mean()),
-        "entropy": entropy.mean(),
+        "entropy": -(p * logp).sum(-1).mean(),
+        "margin": (sorted_p[:, -1] - sorted_p[:, -2]).mean(),
+        "el2n": np.sqrt((p * p).sum(-1) - 2 * np.exp(conditional) + 1).mean(),
+        "rank_surprisal": np.minimum(rank, 100).sum() / -conditional.sum(),
     }
+
+
+def matrix(table: pa.Table, name: str) -> np.ndarray:
+    return np.stack(table[name].to_numpy())
 
 
 def columns(table: pa.Table) -> dict[str, dict[str, float]]:
@@ -177,21 +187,31 @@ def assert_close(found: pa.Table, expected: pa.Table) -> None:
     assert found["id"].to_pylist() == expected["id"].to_pylist()
     for name in SIGNALS:
         np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+    for name in VECTORS if VECTORS[0] in expected.column_names else ():
+        np.testing.assert_allclose(matrix(found, name), matrix(expected, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_every_signal_equals_float64_from_full_logits(stage, host):
     rows = make_rows(9)
-    table, dropped, result = stage(rows)
+    table, dropped, result = stage(rows, signals=(*SIGNALS, *VECTORS))
     assert not dropped and result.rows_in == result.rows_out == 9
     assert table["completion_tokens"].to_pylist() == [r.completion_tokens for r in rows]
     found = columns(table)
     for row in rows:
         for name, value in reference(host, row).items():
             assert found[row.id][name] == pytest.approx(value, rel=2e-5), (row.id, name)
+    for i, row in enumerate(rows):
+        hidden = reference_hidden(host, MC, row.input_ids)
+        for name, part in zip(VECTORS, (hidden[: row.prompt_tokens], hidden[row.prompt_tokens :])):
+            np.testing.assert_allclose(matrix(table, name)[i], part.mean(0), rtol=1e-4, atol=2e-6)
+    alone, _, _ = stage(rows, name="alone", signals=VECTORS)  # no head, no second view
+    for name in VECTORS:
+        assert alone[name].equals(table[name]) and alone.schema.field(name).type.list_size == MC.hidden_size
 
 
 def test_bitwise_independent_of_batch_order_and_chunks(stage):
     rows = make_rows(40)
+    stage = functools.partial(stage, signals=(*SIGNALS, *VECTORS))
     first, _, result = stage(rows, name="a", batch_tiles=1)
     shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
     second, _, _ = stage(shuffled, name="b", batch_tiles=8)
@@ -204,8 +224,8 @@ def test_bitwise_independent_of_batch_order_and_chunks(stage):
 @pytest.mark.parametrize("devices, mesh", [(2, None), (8, None), (8, {"data": 2, "fsdp": 2, "tensor": 2})], ids=["fsdp2", "fsdp8", "2x2x2"])
 def test_meshes_agree(stage, devices, mesh):
     rows = make_rows(24)
-    single, _, _ = stage(rows, name="one")
-    many, _, _ = stage(rows, name="many", devices=devices, mesh=mesh)
+    single, _, _ = stage(rows, name="one", signals=(*SIGNALS, *VECTORS))
+    many, _, _ = stage(rows, name="many", devices=devices, mesh=mesh, signals=(*SIGNALS, *VECTORS))
     assert_close(many, single)
 
 

@@ -13,7 +13,7 @@ from dccot_jax.select.views import Row, plan_tiles
 
 pytestmark = pytest.mark.parity
 CONTEXT = [1, 5, 6]
-NAMES = ("entropy", "ifd_loss", "ifd_ppl", "nll", "nll_unconditional", "ppl")
+NAMES = ("el2n", "entropy", "ifd_loss", "ifd_ppl", "margin", "nll", "nll_unconditional", "ppl", "rank_surprisal")
 
 
 def ours(path, rows: list[Row]) -> np.ndarray:
@@ -30,29 +30,42 @@ def ours(path, rows: list[Row]) -> np.ndarray:
     return found
 
 
-def theirs(torch, model, row: Row) -> list[float]:
-    def stats(ids: list[int], n: int):
+def theirs(torch, model, row: Row) -> dict[str, float]:
+    def logits(ids: list[int], n: int):
         with torch.no_grad():
-            z = model(torch.tensor([ids])).logits[0, -n - 1 : -1].double()
-        logp = torch.log_softmax(z, -1)
-        label = logp.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]
-        return label.mean().item(), -(logp.exp() * logp).sum(-1).mean().item()
+            return model(torch.tensor([ids])).logits[0, -n - 1 : -1], torch.tensor(ids[-n:])[:, None]
 
     n = row.completion_tokens
-    conditional, entropy = stats(row.input_ids.tolist(), n)
-    alone, _ = stats([*CONTEXT, *row.input_ids[row.prompt_tokens :].tolist()], n)
-    return [entropy, conditional / alone, np.exp(alone - conditional), -conditional, -alone, np.exp(-conditional)]
+    z, labels = logits(row.input_ids.tolist(), n)
+    logp = torch.log_softmax(z.double(), -1)
+    p, label = logp.exp(), logp.gather(1, labels)[:, 0]
+    one_hot = torch.zeros_like(p).scatter_(1, labels, 1.0)
+    top = p.topk(2, -1).values
+    rank = 1 + (z > z.gather(1, labels)).sum(-1)
+    alone_z, alone_labels = logits([*CONTEXT, *row.input_ids[row.prompt_tokens :].tolist()], n)
+    alone = torch.log_softmax(alone_z.double(), -1).gather(1, alone_labels).mean().item()
+    conditional = label.mean().item()
+    return {
+        "el2n": (p - one_hot).norm(dim=-1).mean().item(),
+        "entropy": -(p * logp).sum(-1).mean().item(),
+        "ifd_loss": conditional / alone,
+        "ifd_ppl": np.exp(alone - conditional),
+        "margin": (top[:, 0] - top[:, 1]).mean().item(),
+        "nll": -conditional,
+        "nll_unconditional": -alone,
+        "ppl": np.exp(-conditional),
+        "rank_surprisal": (rank.clamp(max=100).sum() / -label.sum()).item(),
+    }
 
 
 def assert_equal_to_torch(torch, path, rows: list[Row]) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    expected = np.array([theirs(torch, model, row) for row in rows])
-    names = list(NAMES)
+    expected = [theirs(torch, model, row) for row in rows]
     found = ours(path, rows)
-    for name in ("entropy", "ifd_loss", "ifd_ppl", "nll", "nll_unconditional"):
-        np.testing.assert_allclose(found[:, names.index(name)], expected[:, names.index(name)], rtol=0, atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(found[:, names.index("ppl")], expected[:, names.index("ppl")], rtol=1e-4)
+    for place, name in enumerate(NAMES):
+        relative, absolute = (1e-4, 0) if name == "ppl" else (0, 1e-4)
+        np.testing.assert_allclose(found[:, place], [row[name] for row in expected], rtol=relative, atol=absolute, err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])

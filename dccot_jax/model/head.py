@@ -19,7 +19,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
 
-STATS = ("label_logp", "entropy")
+STATS = ("label_logp", "entropy", "margin", "error_norm", "label_rank")
 _CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MiB
 
 
@@ -46,7 +46,8 @@ def token_stats(
 
     Args:
       hidden: [B, T, D]. labels: int [B, T], the token that position t must predict.
-      want: any of "label_logp" (log p(label), nats) and "entropy" (nats).
+      want: any of "label_logp" (log p(label), nats), "entropy" (nats), "margin" (largest minus second largest probability),
+        "error_norm" (norm of p - one-hot(label)) and "label_rank" (1 + number of larger logits, as a float).
       chunk: positions per chunk; None picks one by size.
 
     Returns:
@@ -104,11 +105,24 @@ def _stats(z: jax.Array, labels: jax.Array, want: Sequence[str]) -> dict[str, ja
     total = jnp.sum(exps, axis=-1)
     found = {}
     if "label_logp" in want:
-        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
-        found["label_logp"] = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1) - jnp.log(total)
+        found["label_logp"] = jnp.sum(jnp.where(_is_label(z, labels), shifted, 0.0), axis=-1) - jnp.log(total)
     if "entropy" in want:
         found["entropy"] = jnp.log(total) - jnp.sum(exps * shifted, axis=-1) / total
+    if "margin" in want:
+        second = jnp.max(jnp.where(shifted < 0, exps, 0.0), axis=-1)
+        found["margin"] = jnp.where(jnp.sum(shifted == 0, axis=-1) > 1, 0.0, 1.0 - second) / total
+    if "error_norm" in want:
+        # sum p^2 - 2 p_y + 1 = (1 - p_y)^2 + sum_{v != y} p_v^2, and 1 - p_y as a sum: nothing cancels where p_y is near 1
+        others = jnp.where(_is_label(z, labels), 0.0, exps)
+        found["error_norm"] = jnp.sqrt(jnp.sum(others, axis=-1) ** 2 + jnp.sum(others * others, axis=-1)) / total
+    if "label_rank" in want:
+        own = jnp.sum(jnp.where(_is_label(z, labels), z, 0.0), axis=-1, keepdims=True)
+        found["label_rank"] = 1.0 + jnp.sum(z > own, axis=-1).astype(jnp.float32)
     return found
+
+
+def _is_label(z: jax.Array, labels: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
 
 
 def _scan(

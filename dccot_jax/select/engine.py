@@ -4,6 +4,9 @@ One jitted program (per bucket shape) runs the views, gathers the completion pos
 chunked head, and vmaps the signals over rows. Tiles have a fixed shape per bucket and fixed contents; `score.batch_tiles`
 only says how many are in flight and `score.chunk_rows` how many rows are committed together, so neither changes a bit.
 Every process scores its shard of each tile and commits the rows it can address; process 0 merges them, sorted by id.
+
+Vectors are pooled in the same forward and travel behind the scores. Signals over pieces of rows (`select/items.py`) go
+through the same program once more, with the pieces as rows.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_mesh, reshard
-from dccot_jax.records import content_hash, table_to_traces
-from dccot_jax.select.signals import Signal, required_stats, split_signals
-from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows
+from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
+from dccot_jax.select import items as pieces
+from dccot_jax.select.relative import grape
+from dccot_jax.select.signals import ITEMS, RELATIVE, SAMPLED, VECTORS, VIEWS, Signal, required_stats, split_signals
+from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows, vector_array
 from dccot_jax.select.views import (
     TILE_TOKENS,
     TILE_TOKENS_ACCELERATOR,
@@ -50,13 +55,13 @@ Program = Callable[[Any, Mapping[str, Mapping[str, jax.Array]]], jax.Array]
 def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
     """Score every row of `tokenize` with the student in `inputs` (``train`` if given, else ``student``).
 
-    Writes scores.parquet (id, completion_tokens, one float32 column per signal; sorted by id), dropped.parquet and, for
-    sampled signals, samples.jsonl. A row with a non-finite signal, no completion or more tokens than the model has
-    positions is dropped with a reason; no score is ever a default.
+    Writes scores.parquet (id, completion_tokens, one float32 column per signal, of fixed-size lists for vectors; sorted by
+    id), dropped.parquet and, for sampled signals, samples.jsonl. A row with a non-finite signal, no completion or more
+    tokens than the model has positions is dropped with a reason; no score is ever a default.
 
     Raises ConfigError on an unknown signal, or a student with another tokenizer than the rows were made with.
     """
-    forward, sampled_names = split_signals(cfg.score.signals)
+    forward, others = split_signals(cfg.score.signals)
     mesh = make_mesh(cfg.mesh)
     source = inputs.get("train") or inputs["student"]
     check_tokenizer(source, inputs["tokenize"])
@@ -64,24 +69,30 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     started = time.monotonic()
     tokens = inputs["tokenize"].table("tokens")
     rows, dropped = usable_rows(read_rows(tokens), student.mc.max_positions)
-    columns, facts = {}, {}
-    if forward and rows:
-        columns, facts = _score_forward(cfg, student, mesh, rows, forward, out, ctx)
-    if sampled_names and rows:
-        from dccot_jax.select import sampled  # brings the sampler and its compile cost; most scorings do without
-
+    columns, vectors, facts = _score_rows(cfg, student, mesh, rows, forward, others, out, ctx) if rows else ({}, {}, {})
+    if rows and set(others) - set(VECTORS):
         traces = {trace.id: trace for trace in table_to_traces(inputs["verify"].table("traces"))}
-        column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
-        columns["student_error"], dropped, facts = column, dropped + lost, facts | more
+        for name in (name for name in others if name in RELATIVE):
+            columns[name] = grape([traces[row.id] for row in rows], columns[RELATIVE[name]])
+        for name in (name for name in others if name in ITEMS):
+            columns[name], lost, facts[name] = _score_items(cfg, student, mesh, rows, traces, name, out, ctx)
+            dropped = dropped + lost
+        if set(others) & set(SAMPLED):
+            from dccot_jax.select import sampled  # brings the sampler and its compile cost; most scorings do without
+
+            column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
+            columns["student_error"], dropped, facts = column, dropped + lost, facts | more
     if not ctx.is_main:
         return StageResult("")
 
+    columns = {name: column for name, column in columns.items() if name in cfg.score.signals}
+    dropped = list({d.id: d for d in reversed(dropped)}.values())  # two signals may lose the same row; the first reason counts
     gone = {d.id for d in dropped}
-    kept, bad = finite_rows([row for row in rows if row.id not in gone], columns)
-    table = scores_table(kept, columns)
+    kept, bad = finite_rows([row for row in rows if row.id not in gone], columns, vectors)
+    table = scores_table(kept, columns, vectors)
     out.write_table("scores", table)
     counts = out.write_dropped(sorted([*dropped, *bad], key=lambda d: d.id))
-    facts |= {"student": {"kind": source.kind, "identity": source.identity}, "signals": sorted(columns)}
+    facts |= {"student": {"kind": source.kind, "identity": source.identity}, "signals": sorted({*columns, *vectors})}
     return StageResult(
         table_hash(table),
         rows_in=tokens.num_rows,
@@ -106,29 +117,52 @@ def check_tokenizer(student: Artifact, tokens: Artifact) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: str) -> Program:
-    """The jitted function (params, {view: arrays of `view_arrays`}) -> [B, S] float32, S = len(signals); call it under a mesh.
+def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: str, vectors: tuple[str, ...] = ()) -> Program:
+    """The jitted function (params, {view: arrays of `view_arrays`}) -> [B, S + V D] float32; call it under a mesh.
 
-    One compilation per bucket, kept for later scorings in this process; one forward per view, however many signals.
+    S scores, then the V `vectors` of hidden size D one after the other. One compilation per bucket, kept for later
+    scorings in this process; one forward per view, however many signals.
     """
     needs = required_stats(signals)
+    views = required_views(signals, vectors)
 
     def score_row(stats: Any, mask: Any) -> jax.Array:
         return jnp.stack([signal.fn(stats, mask) for signal in signals])
 
     @jax.jit
-    def score_tile(params: Any, views: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-        stats = {}
-        for view, want in needs.items():
-            x = views[view]
+    def score_tile(params: Any, arrays: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        stats, found = {}, []
+        for view in views:
+            x = arrays[view]
             hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], compute_dtype=compute_dtype, remat="none")
-            scored = head.gather_positions(hidden, x["index"])
-            stats[view] = head.token_stats(params, mc, scored, x["labels"], want=want)
-        # vmap wants every operand's rows on the same axes; a reshape may have lost them where a device holds one row.
-        per_row = (stats, {view: views[view]["mask"] for view in needs})
-        return jax.vmap(score_row)(*jax.tree.map(lambda x: reshard(x, activation_spec(len(x), None)), per_row))
+            if view in needs:
+                scored = head.gather_positions(hidden, x["index"])
+                stats[view] = head.token_stats(params, mc, scored, x["labels"], want=needs[view])
+            if view == "conditional":
+                found = [_pooled(hidden, x, of_prompt=name == "embedding_prompt") for name in vectors]
+        if signals:
+            # vmap wants every operand's rows on the same axes; a reshape may have lost them where a device holds one row.
+            per_row = (stats, {view: arrays[view]["mask"] for view in needs})
+            found.insert(0, jax.vmap(score_row)(*jax.tree.map(lambda x: reshard(x, activation_spec(len(x), None)), per_row)))
+        return jnp.concatenate([reshard(x, activation_spec(len(x), None)) for x in found], axis=1)
 
     return score_tile
+
+
+def required_views(signals: Sequence[Signal], vectors: Sequence[str]) -> list[str]:
+    """The views that a program of these signals and vectors reads."""
+    needs = required_stats(signals)
+    return [view for view in VIEWS if view in needs or (view == "conditional" and vectors)]
+
+
+def _pooled(hidden: jax.Array, x: Mapping[str, jax.Array], *, of_prompt: bool) -> jax.Array:
+    """Mean of hidden states [B, L, D] over the prompt's positions, or the completion's: [B, D] float32."""
+    last = reshard(x["index"], activation_spec(len(hidden), None))[:, :1]  # the prompt's last position predicts the first completion token
+    positions, real = (reshard(x[name], activation_spec(len(hidden), None)) for name in ("positions", "segment_ids"))
+    chosen = (real > 0) & ((positions <= last) if of_prompt else (positions > last))
+    wide = reshard(hidden, activation_spec(len(hidden), None, None)).astype(jnp.float32)
+    total = jnp.sum(jnp.where(chosen[..., None], wide, 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(chosen, axis=1, keepdims=True), 1)
 
 
 def cast_matrices(params: Any, compute_dtype: Any, mesh: Mesh) -> Any:
@@ -196,31 +230,84 @@ def _local_rows(tile: Tile, scores: jax.Array) -> tuple[list[int], np.ndarray]:
     return found, np.concatenate(values) if values else np.zeros((0, scores.shape[1]), np.float32)
 
 
+# --- passes over all rows -----------------------------------------------------------------------------------------------
+
+
+def _score_rows(
+    cfg: ConfigDict,
+    student: Student,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    forward: tuple[Signal, ...],
+    others: Sequence[str],
+    out: ArtifactWriter,
+    ctx: Context,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Forward signals (with those that relative ones are made of) and vectors, each {name: {row id: value}}, and facts."""
+    needed, _ = split_signals([*(signal.name for signal in forward), *(RELATIVE[name] for name in others if name in RELATIVE)])
+    vectors = tuple(name for name in others if name in VECTORS)
+    if not needed and not vectors:
+        return {}, {}, {}
+    scored, facts = _score_forward(cfg, student, mesh, rows, needed, vectors, "score", out, ctx)
+    return {signal.name: scored[signal.name] for signal in needed}, {name: scored[name] for name in vectors}, facts
+
+
+def _score_items(
+    cfg: ConfigDict,
+    student: Student,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    traces: Mapping[str, Trace],
+    name: str,
+    out: ArtifactWriter,
+    ctx: Context,
+) -> tuple[dict[str, float], list[Dropped], dict[str, Any]]:
+    """({row id: value}, dropped rows, facts) of a signal over pieces of rows; complete on process 0 only."""
+    items = pieces.expand(name, rows, traces, load_tokenizer(student.tokenizer_dir), student.mc.max_positions)
+    if not items.rows:
+        return {}, items.dropped, {}
+    (nll,), _ = split_signals(["nll"])
+    scored, facts = _score_forward(cfg, student, mesh, items.rows, (nll,), (), name, out, ctx)
+    return pieces.reduce(name, items, scored["nll"]) if ctx.is_main else {}, items.dropped, facts
+
+
 # --- chunks -------------------------------------------------------------------------------------------------------------
 
 
 def _score_forward(
-    cfg: ConfigDict, student: Student, mesh: Mesh, rows: Sequence[Row], signals: tuple[Signal, ...], out: ArtifactWriter, ctx: Context
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """({signal: {row id: score}}, facts); columns are empty on processes other than 0. Committed chunks are not repeated."""
-    views = list(required_stats(signals))
-    context = completion_context(load_tokenizer(student.tokenizer_dir), rows)
+    cfg: ConfigDict,
+    student: Student,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    signals: tuple[Signal, ...],
+    vectors: tuple[str, ...],
+    kind: str,
+    out: ArtifactWriter,
+    ctx: Context,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """({signal or vector: {row id: value}}, facts); columns are empty on processes other than 0. Committed chunks are not repeated.
+
+    `kind` names the chunks: "score" for the rows themselves, else the signal whose items `rows` are.
+    """
+    views = required_views(signals, vectors)
+    # the buckets of rows allow for the context whatever is asked for, so that no score depends on it; items have one view
+    context = completion_context(load_tokenizer(student.tokenizer_dir), rows) if kind == "score" else []
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
     tiles = plan_tiles(rows, len(context), shards=shards, tile_tokens=tile_tokens)
     chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
     names = [signal.name for signal in signals]
     layout = content_hash(
-        "score/1", names, context, [[rows[i].id for i in tile.rows] for tile in tiles], [c.stop for c in chunks], ctx.process_count
+        "score/1", names, vectors, context, [[rows[i].id for i in tile.rows] for tile in tiles], [c.stop for c in chunks], ctx.process_count
     )
-    series = [f"score-{layout[:12]}-p{process}" for process in range(ctx.process_count)]
-    drop_other_layouts(out, ctx, "score-", layout[:12])
+    series = [f"{kind}-{layout[:12]}-p{process}" for process in range(ctx.process_count)]
+    drop_other_layouts(out, ctx, f"{kind}-", layout[:12])
     done = committed(out, ctx, series, len(chunks))
 
-    program = make_program(student.mc, signals, cfg.compute_dtype)
+    program = make_program(student.mc, signals, cfg.compute_dtype, vectors)
     params = cast_matrices(student.params, cfg.compute_dtype, mesh)
     started, scored = time.monotonic(), 0
-    with ctx.progress("score", len(rows)) as meter:
+    with ctx.progress(kind, len(rows)) as meter:
         todo = [index for index in range(len(chunks)) if not done[index]]
         for index, chunk in enumerate(chunks):
             if done[index]:
@@ -241,10 +328,10 @@ def _score_forward(
                 parts.append(next(results))
                 meter.advance(len(tiles[t].rows))
                 scored += len(tiles[t].rows)
-            out.commit_chunk(series[ctx.process_index], index, _chunk_table(rows, names, parts))
+            out.commit_chunk(series[ctx.process_index], index, _chunk_table(rows, names, vectors, parts))
     seconds = time.monotonic() - started
-    ctx.barrier("score-chunks")
-    columns: dict[str, dict[str, float]] = {name: {} for name in names}
+    ctx.barrier(f"{kind}-chunks")
+    columns: dict[str, dict[str, Any]] = {name: {} for name in (*names, *vectors)}
     if ctx.is_main:
         for part in series:
             for index in range(len(chunks)):
@@ -265,14 +352,25 @@ def _score_forward(
     }
 
 
-def _chunk_table(rows: Sequence[Row], names: Sequence[str], parts: Sequence[tuple[list[int], np.ndarray]]) -> pa.Table:
+def _chunk_table(
+    rows: Sequence[Row], names: Sequence[str], vectors: Sequence[str], parts: Sequence[tuple[list[int], np.ndarray]]
+) -> pa.Table:
     order = [i for found, _ in parts for i in found]
-    values = np.concatenate([scores for _, scores in parts])
-    columns = {name: pa.array(values[:, n].astype(np.float32)) for n, name in enumerate(names)}
-    return pa.table({"id": pa.array([rows[i].id for i in order], pa.string()), **columns})
+    values = np.concatenate([scores for _, scores in parts]).astype(np.float32)
+    columns: dict[str, pa.Array] = {"id": pa.array([rows[i].id for i in order], pa.string())}
+    columns |= {name: pa.array(values[:, n]) for n, name in enumerate(names)}
+    if vectors:
+        for name, part in zip(vectors, np.split(values[:, len(names) :], len(vectors), axis=1)):
+            columns[name] = vector_array(list(part))
+    return pa.table(columns)
 
 
-def _merge(columns: dict[str, dict[str, float]], chunk: pa.Table) -> None:
+def _merge(columns: dict[str, dict[str, Any]], chunk: pa.Table) -> None:
     ids = chunk["id"].to_pylist()
-    for signal, column in columns.items():
-        column.update(zip(ids, chunk[signal].to_pylist()))
+    for name, column in columns.items():
+        values = chunk[name].combine_chunks()
+        if pa.types.is_fixed_size_list(values.type):
+            matrix = np.asarray(values.flatten()).reshape(len(ids), values.type.list_size)
+            column.update(zip(ids, matrix))
+        else:
+            column.update(zip(ids, values.to_pylist()))

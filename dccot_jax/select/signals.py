@@ -1,14 +1,17 @@
-"""Forward signals: one function per signal, over per-token statistics of the student.
+"""The signals: which there are, of what kind, and the forward signals themselves, one function each.
 
-A signal is `f(stats, mask) -> scalar` for one row. `stats[view][stat]` and `mask[view]` have shape [T]: one entry per
+A forward signal is `f(stats, mask) -> scalar` for one row. `stats[view][stat]` and `mask[view]` have shape [T]: one entry per
 scored completion position, mask 1.0 on real positions and 0.0 on padding. The engine vmaps it over rows and runs one
-forward per view for all requested signals together. Adding a signal is adding one function here.
+forward per view for all requested signals together. Adding one is adding one function here. The other kinds: vectors of
+hidden states (`VECTORS`, pooled in the same forward), signals over pieces of a row (`select/items.py`), signals relative
+to the other rows of a question (`select/relative.py`), and sampled ones (`select/sampled.py`).
 
 Views (`select/views.py` builds them; both score exactly the same completion tokens, end-of-turn token included):
   conditional: the rendered prompt, then the completion.
   unconditional: the template's assistant header alone, then the completion.
-Statistics: `label_logp` = log p(completion token | what precedes it in the view), nats;
-  `entropy` = H(next-token distribution) at that position, nats.
+Statistics, of the next-token distribution p at the position that predicts a completion token y (`model/head.py`):
+  `label_logp` = log p_y, nats; `entropy` = H(p), nats; `margin` = largest minus second largest probability;
+  `error_norm` = |p - one-hot(y)|; `label_rank` = 1 + number of tokens more probable than y.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ import jax
 import jax.numpy as jnp
 
 from dccot_jax.config import ConfigError, nearest
+from dccot_jax.model.head import STATS
 
 VIEWS = ("conditional", "unconditional")
-STATS = ("label_logp", "entropy")
+# Mean of the student's last hidden states (after the final norm) over the positions of the prompt, and of the completion.
+VECTORS = ("embedding_prompt", "embedding_rationale")
+# Signals over sequences made from pieces of a row; `select/items.py` makes them.
+ITEMS = ("answer_gain", "local_naturalness")
+# Signals that compare a row with others, and the forward signal they are made of; `select/relative.py`.
+RELATIVE = {"grape": "nll"}
 # Signals that need the student to write an answer; `select/sampled.py` makes their columns.
 SAMPLED = ("student_error",)
+_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED)
+RANK_LIMIT = 100.0
 
 Stats = Mapping[str, Mapping[str, jax.Array]]
 Mask = Mapping[str, jax.Array]
@@ -55,7 +66,7 @@ def signal(**needs: Sequence[str]) -> Callable[[Callable[[Stats, Mask], jax.Arra
 
     def register(fn: Callable[[Stats, Mask], jax.Array]) -> Callable[[Stats, Mask], jax.Array]:
         name = fn.__name__
-        if name in _REGISTRY or name in SAMPLED:
+        if name in _REGISTRY or name in _OTHERS:
             raise ValueError(f"signal {name!r} is registered already")
         for view, stats in needs.items():
             if view not in VIEWS or not set(stats) <= set(STATS):
@@ -67,21 +78,21 @@ def signal(**needs: Sequence[str]) -> Callable[[Callable[[Stats, Mask], jax.Arra
 
 
 def signal_names() -> tuple[str, ...]:
-    """All signals, forward and sampled, sorted."""
-    return tuple(sorted((*_REGISTRY, *SAMPLED)))
+    """All signals, of every kind, sorted."""
+    return tuple(sorted((*_REGISTRY, *_OTHERS)))
 
 
 def split_signals(names: Iterable[str]) -> tuple[tuple[Signal, ...], tuple[str, ...]]:
-    """Requested names as (forward signals, sampled signal names), each sorted by name and without repeats.
+    """Requested names as (forward signals, names of other kinds), each sorted by name and without repeats.
 
     Raises ConfigError on an unknown name, with the nearest valid one.
     """
     wanted = sorted(set(names))
     for name in wanted:
-        if name not in _REGISTRY and name not in SAMPLED:
+        if name not in _REGISTRY and name not in _OTHERS:
             known = signal_names()
             raise ConfigError(f"config.score.signals: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
-    return tuple(_REGISTRY[n] for n in wanted if n in _REGISTRY), tuple(n for n in wanted if n in SAMPLED)
+    return tuple(_REGISTRY[n] for n in wanted if n in _REGISTRY), tuple(n for n in wanted if n in _OTHERS)
 
 
 def required_stats(signals: Iterable[Signal]) -> dict[str, tuple[str, ...]]:
@@ -140,3 +151,25 @@ def ifd_ppl(stats: Stats, mask: Mask) -> jax.Array:
 def entropy(stats: Stats, mask: Mask) -> jax.Array:
     """Mean entropy of the student's next-token distribution over the completion positions given the prompt, nats."""
     return _mean(stats["conditional"]["entropy"], mask["conditional"])
+
+
+@signal(conditional=("margin",))
+def margin(stats: Stats, mask: Mask) -> jax.Array:
+    """Mean difference between the two largest next-token probabilities over the completion positions; small where unsure.
+
+    The margin of uncertainty sampling (Scheffer et al. 2001), per token; the label does not enter.
+    """
+    return _mean(stats["conditional"]["margin"], mask["conditional"])
+
+
+@signal(conditional=("error_norm",))
+def el2n(stats: Stats, mask: Mask) -> jax.Array:
+    """EL2N (Paul et al., arXiv 2107.07075) per token: mean norm of p - one-hot(token), that is of sqrt(sum p^2 - 2 p_y + 1)."""
+    return _mean(stats["conditional"]["error_norm"], mask["conditional"])
+
+
+@signal(conditional=("label_logp", "label_rank"))
+def rank_surprisal(stats: Stats, mask: Mask) -> jax.Array:
+    """Rank-surprisal ratio (arXiv 2601.14249): sum_t min(rank_t, 100) / sum_t -log p_t over the completion. Lower is better."""
+    rank = jnp.minimum(stats["conditional"]["label_rank"], RANK_LIMIT)
+    return _mean(rank, mask["conditional"]) / nll(stats, mask)

@@ -20,17 +20,23 @@ BLOCK_ELEMENTS = 1 << 24  # float64 numbers of one block of products: 128 MiB
 
 def unit_grid(vectors: np.ndarray) -> np.ndarray:
     """Directions of [N, D] vectors, as int32 multiples of 2^-24; a zero vector stays zero."""
-    wide = np.asarray(vectors, np.float64)
-    norms = np.sqrt(np.sum(wide * wide, axis=1, keepdims=True))
-    return np.rint(ONE * np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)).astype(np.int32)
+    found = np.zeros(vectors.shape, np.int32)
+    for part in blocks(*vectors.shape):
+        wide = vectors[part].astype(np.float64)
+        norms = np.sqrt(np.sum(wide * wide, axis=1, keepdims=True))
+        found[part] = np.rint(ONE * np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0))
+    return found
 
 
 def scaled_grid(vectors: np.ndarray) -> tuple[np.ndarray, float]:
     """([N, D] int32, scale): vectors divided by a power of two that brings the longest to at most 1; vector = grid / 2^24 * scale."""
-    wide = np.asarray(vectors, np.float64)
-    longest = float(np.sqrt(np.max(np.sum(wide * wide, axis=1), initial=0.0)))
-    scale = 2.0 ** np.ceil(np.log2(longest)) if longest > 0 else 1.0
-    return np.rint(wide * (ONE / scale)).astype(np.int32), float(scale)
+    squares = (np.max(np.sum(vectors[part].astype(np.float64) ** 2, axis=1)) for part in blocks(*vectors.shape))
+    longest = float(np.sqrt(max(squares, default=0.0)))
+    scale = 2.0 ** float(np.ceil(np.log2(longest))) if longest > 0 else 1.0
+    found = np.zeros(vectors.shape, np.int32)
+    for part in blocks(*vectors.shape):
+        found[part] = np.rint(vectors[part].astype(np.float64) * (ONE / scale))
+    return found, scale
 
 
 def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -40,8 +46,7 @@ def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def squared_norms(a: np.ndarray) -> np.ndarray:
     """Exact squared norms [n] float64 of grid vectors [n, D]."""
-    wide = a.astype(np.float64)
-    return np.sum(wide * wide, axis=1)
+    return np.concatenate([np.sum(a[part].astype(np.float64) ** 2, axis=1) for part in blocks(*a.shape)] or [np.zeros(0)])
 
 
 def blocks(count: int, width: int, block: int | None = None) -> Iterator[slice]:
