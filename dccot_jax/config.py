@@ -82,6 +82,10 @@ def default_config() -> ConfigDict:
 
     c.verify = ConfigDict()
     c.verify.time_limit_seconds = 5.0  # hard limit for one answer
+    c.verify.against = "registered"  # test questions to keep out: registered (every task at hand) | evaluated (this run's)
+    c.verify.ngram_sizes = (8, 13)  # runs of words shared with test questions, reported per task
+    c.verify.ngram_drop_size = 13  # rows that hold ngram_drop_share of a test question's n-grams of this size
+    c.verify.ngram_drop_share = 0.0  # are dropped; 0: none is
 
     c.tokens = ConfigDict()
     c.tokens.max_length = 256  # tokens of prompt and completion; longer rows are dropped and counted
@@ -166,7 +170,7 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
-# Keys that change speed, place or appearance and never a result: recorded in manifests, not hashed.
+# Keys that change speed, place or appearance and never a result: recorded in manifests, not hashed. (Of files, the content is.)
 UNHASHED = frozenset(
     {
         "name",
@@ -174,6 +178,7 @@ UNHASHED = frozenset(
         "mesh",
         "score.batch_tiles",
         "score.chunk_rows",
+        "select.tables",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.log_every",
@@ -269,6 +274,7 @@ def validate(config: ConfigDict) -> None:
     for key in _flat_keys(default_config()):
         lookup(config, key)
     _one_of(config, "compute_dtype", DTYPES)
+    _one_of(config, "verify.against", ("registered", "evaluated"))
     _one_of(config, "mix.kind", MIXES)
     _one_of(config, "mix.mode", MIX_MODES)
     _one_of(config, "curriculum.kind", CURRICULA)
@@ -302,6 +308,14 @@ def validate(config: ConfigDict) -> None:
     for key in ("evaluate.limit", "traces.questions", "mix.total_examples", "mix.total_tokens"):
         if lookup(config, key) < 0:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0 (0: all)")
+    for size in config.verify.ngram_sizes:
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"config.verify.ngram_sizes: {size!r} must be a whole number of at least 1")
+    if not 0.0 <= config.verify.ngram_drop_share <= 1.0:
+        raise ConfigError(f"config.verify.ngram_drop_share: {config.verify.ngram_drop_share} must lie in [0, 1] (0: drop none)")
+    if config.verify.ngram_drop_share and config.verify.ngram_drop_size not in config.verify.ngram_sizes:
+        sizes = ", ".join(map(str, config.verify.ngram_sizes)) or "none"
+        raise ConfigError(f"config.verify.ngram_drop_size: {config.verify.ngram_drop_size} is not in verify.ngram_sizes ({sizes})")
     if not 0.0 < config.score.warmup.share <= 1.0:
         raise ConfigError(f"config.score.warmup.share: {config.score.warmup.share} must lie in (0, 1]")
     if config.mix.kind == "teacher" and not config.mix.strong:

@@ -39,6 +39,14 @@ def task_files(config: ConfigDict) -> dict[str, str]:
     return _local_hashes(config, [config.traces.task, *(name for group in groups.values() for name in group)])
 
 
+def guarded_files(config: ConfigDict) -> dict[str, str]:
+    """`task_files`, and with ``verify.against`` "registered" those of every other task whose test rows are at hand."""
+    from dccot_jax.select.decontaminate import guarded_tasks
+
+    data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
+    return task_files(config) | _local_hashes(config, guarded_tasks((), data_dir, registered=config.verify.against == "registered"))
+
+
 def trace_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of replayed trace files and of the training task's local files."""
     root = Path(config.data_dir).expanduser() if config.data_dir else Path()
@@ -52,8 +60,8 @@ def select_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of the user's own score tables and of the local files of the tasks that a selection is to resemble."""
     from dccot_jax.select.selectors import required_corpora
 
-    paths = {name: Path(name).expanduser() for name in sorted(config.select.tables)}
-    hashes = {f"file:{name}": _hash_of(path) for name, path in paths.items() if path.exists()}
+    paths = [Path(name).expanduser() for name in config.select.tables]
+    hashes = {f"table:{place}": digest for place, digest in enumerate(sorted(_hash_of(path) for path in paths if path.exists()))}
     return hashes | _local_hashes(config, required_corpora(config_lib.to_plain(config.select.steps)).values())
 
 
@@ -72,6 +80,7 @@ def student_files(config: ConfigDict) -> dict[str, str]:
 
 EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
     "task_files": task_files,
+    "guarded_files": guarded_files,
     "trace_files": trace_files,
     "select_files": select_files,
     "student_files": student_files,

@@ -68,12 +68,17 @@ STAGES = {
         Stage(
             "verify",
             "dccot_jax.select.verify:run",
-            2,
+            3,
             ("verify", "traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"),
-            "task_files",
+            "guarded_files",
         ),
         Stage("tokenize", "dccot_jax.data.tokenize:run", 1, ("tokens",)),
-        Stage("score", "dccot_jax.select.engine:run", 1, ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify")),
+        Stage(
+            "score",
+            "dccot_jax.select.engine:run",
+            1,
+            ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
+        ),
         Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed"), "select_files"),
         Stage(
             "plan",
@@ -99,7 +104,7 @@ STAGES = {
             (
                 "traces.task",
                 "compute_dtype",
-                "verify",
+                "verify.time_limit_seconds",
                 "evaluate.iid",
                 "evaluate.ood",
                 "evaluate.cross",

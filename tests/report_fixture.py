@@ -40,6 +40,11 @@ EASE = {
     "synth_objects": 0.12,
     "synth_calendar": 0.05,
 }
+# What the verify stage found: n-grams shared with one task, and nothing with another.
+OVERLAP = {
+    "synth_objects": {"items": 240, "8": {"short": 3, "rows": 1, "items": 2, "rows_half": 1}},
+    "synth_calendar": {"items": 60, "8": {"short": 0, "rows": 0, "items": 0, "rows_half": 0}},
+}
 
 
 def make_runs(root: Path, arms: Sequence[str] = tuple(SKILL), seeds: Sequence[int] = (0, 1), items: int = 240) -> tuple[Any, list[ArmRun]]:
@@ -126,8 +131,12 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
             store,
             "verify",
             data,
-            {"traces": traces_to_table(traces[7:]), "dropped": [Dropped(t.id, "leak") for t in leaked]},
-            StageResult("b", 600, 593, {"leak": 7}),
+            {
+                "traces": traces_to_table(traces[7:]),
+                "dropped": [Dropped(t.id, "leak:synth_objects") for t in leaked],
+                "overlap": pa.table({name: [value] for name, value in _overlap(kept[0].id).items()}),
+            },
+            StageResult("b", 600, 593, {"leak:synth_objects": 7}, {"overlap": OVERLAP}),
             2.0,
         ),
         "tokenize": _finish(
@@ -164,6 +173,20 @@ def _artifacts(store: Store, arm: str, seed: int, items: int) -> dict[str, Artif
             store, "train", f"{arm}{seed}", {"train_log.jsonl": log}, StageResult(f"w{arm}{seed}", 100, 100, facts={"steps": steps}), 55.0
         ),
         "evaluate": _evaluation(store, arm, seed, items),
+    }
+
+
+def _overlap(trace_id: str) -> dict[str, Any]:
+    spans = ["start with nine and add <ten>"]
+    return {
+        "id": trace_id,
+        "part": "question",
+        "task": "synth_objects",
+        "n": 8,
+        "item": "i",
+        "share": 0.75,
+        "ngrams": 6,
+        "spans": spans,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from report_fixture import TASKS, make_runs
+from report_fixture import OVERLAP, TASKS, make_runs
 from rich.console import Console
 
 from dccot_jax.context import Context
@@ -126,12 +126,26 @@ def test_funnel_and_score_histograms_count_every_row(built):
     row = next(entry for entry in results["data"]["funnel"] if entry["arm"] == "correct_noisy")
     stages = {stage["stage"]: stage for stage in row["stages"]}
     assert stages["select"]["rows_in"] - sum(stages["select"]["dropped"].values()) == stages["select"]["rows_out"]
-    assert stages["verify"]["dropped"] == {"leak": 7} and row["plan"]["completion_tokens"]["unique"] == 31_000
+    assert stages["verify"]["dropped"] == {"leak:synth_objects": 7} and row["plan"]["completion_tokens"]["unique"] == 31_000
     for entry in results["selection"]["recipes"]:
         for signal in entry["histograms"].values():
             assert sum(signal["kept"]) + sum(signal["dropped"]) + signal["outside"] == signal["n"] == 590
     chosen = next(entry for entry in results["selection"]["recipes"] if "correct_noisy" in entry["arms"])
     assert sum(chosen["histograms"]["nll"]["dropped"]) > 100
+
+
+def test_overlap_with_test_sets_is_shown_with_its_spans(built):
+    folder, _, results, _ = built
+    entries = results["data"]["overlap"]
+    assert sorted(arm for entry in entries for arm in entry["arms"]) == sorted(set(results["arms"]) - {"base"})
+    entry = entries[0]
+    assert entry["sizes"] == ["8"] and entry["clean"] == ["synth_calendar"] and list(entry["tasks"]) == ["synth_objects"]
+    assert entry["tasks"]["synth_objects"] == {**OVERLAP["synth_objects"], "leaked": 7}
+    assert entry["examples"][0]["spans"] == ["start with nine and add <ten>"]
+    page = (folder / "report.html").read_text()
+    assert (
+        "Overlap with test sets" in page and "start with nine and add &lt;ten&gt;" in page and "Nothing shared with synth_calendar" in page
+    )
 
 
 class _Page(HTMLParser):

@@ -11,7 +11,7 @@ from toy_task import FakeTeacher, config, install, question, run_stage, traces_a
 
 from dccot_jax import external
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, config_slice
 from dccot_jax.preflight import check
 from dccot_jax.records import make_trace
 from dccot_jax.select import stage
@@ -79,7 +79,12 @@ def test_own_tables_join_by_id_and_missing_rows_are_dropped(tmp_path, rows):
     check(tiny_config(select__steps=steps, **changes), devices=False)
     cfg = config(select__steps=steps, **changes)
     before = external.select_files(cfg)
-    assert list(before) == [f"file:{path}"]
+    assert list(before) == ["table:0"]
+    copy = tmp_path / "elsewhere.parquet"
+    copy.write_bytes(path.read_bytes())
+    moved = config(select__steps=steps, select__tables=(str(copy),))
+    assert external.select_files(moved) == before  # what a table says counts, not where it lies
+    assert config_slice(moved, ("select",)) == config_slice(cfg, ("select",))
     pq.write_table(pa.table({"id": [rows[0].id], "curve": [[1.0, 2.0]], "rate": [0.5]}), path)
     assert external.select_files(cfg) != before
 

@@ -7,7 +7,7 @@ from toy_task import FakeTeacher, config, install, question, run_stage, traces_a
 
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.context import Context
-from dccot_jax.records import make_trace, normalise_question, table_to_traces
+from dccot_jax.records import make_trace, table_to_traces
 from dccot_jax.select import verify
 from dccot_jax.tasks.registry import SplitMismatchError, load_items, split_hash
 from dccot_jax.teachers.rows import split_tag
@@ -61,31 +61,6 @@ def test_leaks_and_missing_gold_are_dropped_and_counted(tmp_path, toy):
     assert set(found) == {row.id for row in good}
     assert dropped == {leaked.id: "leak:toy", no_gold.id: "missing_gold"}
     assert result.dropped == {"leak:toy": 1, "missing_gold": 1} and (result.rows_in, result.rows_out) == (62, 60)
-
-
-def test_what_was_made_from_a_leak_leaks(toy):
-    tests = {normalise_question("secret"): "other_task"}
-    parent = trace(toy, question="Secret!")
-    child = trace(toy, question="secret in other words", method="rephrase", parent_ids=(parent.id,))
-    grandchild = trace(toy, question="again", method="rephrase", parent_ids=(child.id,))
-    gone = "f" * 24  # an original that became part of the reverse group
-    forward = trace(toy, question="Secret!", method="reverse", group_id="g", parent_ids=(gone,))
-    backward = trace(toy, question="back", method="reverse", group_id="g", part="backward_reasoning", parent_ids=(gone,))
-    cousin = trace(toy, question="cousin", method="rephrase", parent_ids=(gone,))
-    clean = trace(toy)
-    kept, dropped = verify.drop_unusable([grandchild, child, parent, forward, backward, cousin, clean], tests)
-    assert kept == [clean] and {row.reason for row in dropped} == {"leak:other_task"} and len(dropped) == 6
-
-
-def test_a_leak_in_one_part_drops_the_group(toy):
-    tests = {normalise_question("the backward question"): "t"}
-    group = [
-        trace(toy, method="reverse", group_id="g"),
-        trace(toy, "q_b", method="reverse", group_id="g", part="backward_question"),
-        trace(toy, "r_b", question="The backward question?", method="reverse", group_id="g", part="backward_reasoning"),
-    ]
-    kept, dropped = verify.drop_unusable([*group, trace(toy)], tests)
-    assert len(kept) == 1 and [row.reason for row in dropped] == ["leak:t"] * 3
 
 
 def test_backward_parts_follow_the_forward_part(tmp_path, toy):

@@ -1,10 +1,12 @@
-"""Stage ``verify``: is each trace's answer right, and does its question stay out of every evaluation set?
+"""Stage ``verify``: is each trace's answer right, and does it stay out of every evaluation set?
 
 Reads: traces (or augment), the training task, every evaluation set. Writes ``traces.parquet`` with ``verdict`` (the flexible
-reading: right, wrong, or None where the gold answer or the judge failed) and ``verdict_reason``, and ``dropped.parquet``:
+reading: right, wrong, or None where the gold answer or the judge failed) and ``verdict_reason``; ``overlap.parquet``, n-grams
+shared with evaluation sets (`decontaminate.OVERLAP_SCHEMA`); and ``dropped.parquet``:
 
-  leak:<task>    the normalised question, or that of a trace it was made from, stands in the test split of an evaluation task
-  missing_gold   nothing to judge against
+  leak:<task>          a text of the row is, or contains, a question of the test split of an evaluation task; or the row was made from one
+  overlap_<n>:<task>   it holds at least `verify.ngram_drop_share` of a test question's n-grams (off by default)
+  missing_gold         nothing to judge against
 
 A group is kept or dropped whole. The backward parts of a reverse group carry the verdict of their forward part (their own
 consistency was required when they were made). Wrong traces stay: dropping them is a selector's decision.
@@ -25,7 +27,8 @@ from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
-from dccot_jax.records import Dropped, Trace, normalise_question, table_to_traces, traces_to_table
+from dccot_jax.records import Dropped, Trace, table_to_traces, traces_to_table
+from dccot_jax.select import decontaminate
 from dccot_jax.tasks.answers import judge
 from dccot_jax.tasks.registry import check_traces_split, evaluation_tasks, get_task, load_items
 
@@ -44,8 +47,18 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     traces = table_to_traces(inputs["traces"].table("traces"))
     data_dir = ctx.data_dir or (Path(cfg.data_dir).expanduser() if cfg.data_dir else None)
     check_splits(traces, data_dir)
-    tasks = evaluation_names(cfg)
-    kept, dropped = drop_unusable(traces, held_out_questions(tasks, data_dir))
+    registered = cfg.verify.against == "registered"
+    tests = decontaminate.evaluation_questions(
+        decontaminate.guarded_tasks(evaluation_names(cfg), data_dir, registered=registered), data_dir
+    )
+    kept, dropped = decontaminate.drop_leaked(traces, decontaminate.ExactIndex(tests))
+    overlap, figures = decontaminate.overlaps(kept, tests, cfg.verify.ngram_sizes)
+    out.write_table("overlap", overlap)
+    if cfg.verify.ngram_drop_share:
+        kept, more = decontaminate.drop_overlapping(kept, overlap, cfg.verify.ngram_drop_size, cfg.verify.ngram_drop_share)
+        dropped = dropped + more
+    kept, more = drop_unjudgeable(kept)
+    dropped = dropped + more
     verdicts = _verdicts(kept, cfg.verify.time_limit_seconds, out, ctx)
     verified = with_verdicts(kept, verdicts)
     table = traces_to_table(verified)
@@ -67,7 +80,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             "right_by_teacher": {
                 name: [sum(trace.verdict is True for trace in rows), len(rows)] for name, rows in sorted(_by_teacher(verified).items())
             },
-            "evaluation_tasks": list(tasks),
+            "evaluation_tasks": list(figures),
+            "overlap": figures,
         },
     )
 
@@ -78,15 +92,6 @@ def evaluation_names(cfg: ConfigDict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group in groups.values() for name in group))
 
 
-def held_out_questions(tasks: Sequence[str], data_dir: Path | None) -> dict[str, str]:
-    """Normalised question -> the first evaluation task that asks it; the whole test split, whatever share is evaluated."""
-    found: dict[str, str] = {}
-    for name in tasks:
-        for item in load_items(name, "test", data_dir):
-            found.setdefault(normalise_question(item.question), name)
-    return found
-
-
 def check_splits(traces: Sequence[Trace], data_dir: Path | None) -> None:
     """Raises SplitMismatchError if traces of a task were made on another split than the one its test set belongs to."""
     for name in sorted({trace.task for trace in traces}):
@@ -94,35 +99,11 @@ def check_splits(traces: Sequence[Trace], data_dir: Path | None) -> None:
         check_traces_split(traces, train, test)
 
 
-def drop_unusable(traces: Sequence[Trace], tests: Mapping[str, str]) -> tuple[list[Trace], list[Dropped]]:
-    """Traces to judge, and those that cannot be used: leaked (or derived from a leaked trace), or without a gold answer.
-
-    Args:
-      traces: all rows, groups whole. tests: normalised question -> evaluation task, see `held_out_questions`.
-    """
-    reasons: dict[str, tuple[str, str]] = {}  # group -> (reason, what caused it); a leak outranks a missing gold answer
-    leaked: dict[str, str] = {}  # trace id -> evaluation task
-    for trace in traces:
-        task = tests.get(normalise_question(trace.question))
-        if task is not None:
-            reasons[trace.group_id] = (f"leak:{task}", trace.question[:120])
-            leaked[trace.id] = task
-            if trace.method == "reverse":  # its parent asked the same and left the table when the group was made
-                leaked |= dict.fromkeys(trace.parent_ids, task)
-    # Rows made from a leaked one ask the test question in other words. Chains of parents are short; repeat until nothing is added.
-    grown = True
-    while grown:
-        grown = False
-        for trace in traces:
-            source = next((parent for parent in trace.parent_ids if parent in leaked), None)
-            if source is not None and trace.id not in leaked:
-                leaked[trace.id], grown = leaked[source], True
-                reasons.setdefault(trace.group_id, (f"leak:{leaked[source]}", f"derived from {source}"))
-    for trace in traces:
-        if trace.gold_answer is None:
-            reasons.setdefault(trace.group_id, ("missing_gold", ""))
-    kept = [trace for trace in traces if trace.group_id not in reasons]
-    return kept, [Dropped(trace.id, *reasons[trace.group_id]) for trace in traces if trace.group_id in reasons]
+def drop_unjudgeable(traces: Sequence[Trace]) -> tuple[list[Trace], list[Dropped]]:
+    """Traces to judge, and those of groups in which a gold answer is missing (``missing_gold``)."""
+    lost = {trace.group_id for trace in traces if trace.gold_answer is None}
+    kept = [trace for trace in traces if trace.group_id not in lost]
+    return kept, [Dropped(trace.id, "missing_gold", "") for trace in traces if trace.group_id in lost]
 
 
 def verdict_of(trace: Trace, time_limit: float) -> tuple[bool | None, str]:
