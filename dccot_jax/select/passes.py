@@ -25,7 +25,14 @@ class Passes:
 
 
 # Signals that are not forward signals; those declare their views (`select/signals.py`), one forward pass each.
-OTHERS: Mapping[str, Passes] = {"student_error": Passes(generations=1)}
+OTHERS: Mapping[str, Passes] = {
+    "student_error": Passes(generations=1),
+    "grape": Passes(("conditional",)),
+    "embedding_prompt": Passes(("conditional",)),
+    "embedding_rationale": Passes(("conditional",)),
+    "answer_gain": Passes(("answer after the rationale", "answer alone")),
+    "local_naturalness": Passes(("steps (a short pass for each)",)),
+}
 
 
 def declared_passes(names: Iterable[str]) -> dict[str, Any]:
