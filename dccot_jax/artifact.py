@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from dccot_jax.records import Dropped, InputError, canonical_json, content_hash,
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 BATCH_ROWS = 16384
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "grain", "numpy", "pyarrow", "math-verify")
 
 
@@ -259,17 +261,36 @@ def open_artifact(path: epath.PathLike, *, full: bool = False) -> Artifact:
 
 
 def write_atomic(path: epath.PathLike, data: bytes) -> None:
-    """Write beside, flush to disk, rename."""
+    """Write beside, flush to disk, rename.
+
+    Raises ArtifactError if the disk is full; what was at `path` before is whole.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        if hasattr(file, "fileno"):
-            with contextlib.suppress(OSError, AttributeError):  # object stores have no file descriptor
-                os.fsync(file.fileno())
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            _flush_to_disk(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise ArtifactError(f"{path}: {error.strerror} ({len(data):,} bytes); make room and run the same command again") from error
+        raise
     beside.replace(path)
+
+
+def _flush_to_disk(file: Any) -> None:
+    """fsync where there is one: object stores have no file descriptor, and some mounts refuse. A full disk may show only here."""
+    try:
+        os.fsync(file.fileno())
+    except AttributeError:
+        pass
+    except OSError as error:
+        if error.errno in (*DISK_FULL, errno.EIO):
+            raise
 
 
 def write_table(path: epath.PathLike, table: pa.Table) -> None:

@@ -13,7 +13,9 @@
 FORMAT is messages, prompt_completion, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select (default: the
 kept traces); FILE ends in .jsonl, .json or .parquet.
 
-Exit codes: 0 done, 1 failed, 2 a command, config or input that cannot work.
+Exit codes: 0 done; 1 failed; 2 a command, config or input that cannot work; 75 stopped cleanly after SIGTERM or Ctrl-C;
+76 another process of the run is gone; 130 interrupted at once by a second signal. After 75, 76, 130 or a kill the same
+command goes on where the run stopped.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dccot_jax import __version__
+from dccot_jax import __version__, processes
 from dccot_jax import config as config_lib
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.records import InputError
+from dccot_jax.stopping import LOST_PEER, STOPPED, Stopped, StopRequest
 
 _FLAGS = flags.FlagValues()
 
@@ -90,13 +93,39 @@ def main(argv: Sequence[str]) -> int:
         for name in ("format", "stage", "arm"):  # not to be taken for a choice of what runs
             if _FLAGS[name].present and verb != "export-traces":
                 raise UsageError(f"--{name} goes with export-traces")
-        return VERBS[verb](console)
-    except InputError as error:
-        console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
-        return 2
+        code = VERBS[verb](console)
+    except Exception as error:
+        code = _explain_end(error, verb, console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to go on")
-        return 130
+        code = 130
+    processes.leave(code)
+    return code
+
+
+def _explain_end(error: Exception, verb: str, console: Console) -> int:
+    """Exit code of a command that raised; one line where the reason is known, else the error itself."""
+    from dccot_jax.artifact import DISK_FULL
+
+    if isinstance(error, Stopped):
+        console.print(f"dccot {verb}: stopped ({error}); run the same command again to go on", markup=False, soft_wrap=True)
+        return STOPPED
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        error = InputError(f"{error.filename or 'a write'}: {error.strerror}; make room and run the same command again to go on")
+    elif isinstance(error, InputError):
+        pass
+    elif processes.is_lost_peer(error):
+        reason = _one_line(error)[:200]
+        text = f"another process of the run is gone ({reason}); the same command on every process goes on where the run stopped"
+        console.print(f"dccot {verb}: {text}", style="bold red", markup=False, soft_wrap=True)
+        return LOST_PEER
+    elif processes.joined():  # the traceback here: `leave` will not return
+        traceback.print_exception(error)
+        return 1
+    else:
+        raise error
+    console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
+    return 2
 
 
 def console() -> None:
@@ -176,28 +205,33 @@ def _workdir() -> epath.Path:
 
 def _join_processes() -> None:
     """Join the other processes of the run, when asked to. Before anything else touches JAX's devices."""
-    import jax
+    if _FLAGS.coordinator and (_FLAGS.num_processes < 1 or _FLAGS.process_id < 0):
+        raise UsageError("--coordinator needs --num_processes and --process_id")
+    if not (_FLAGS.coordinator or _FLAGS.distributed):
+        return
+    try:
+        processes.join(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
+    except ValueError as error:  # JAX's way to say that it recognises no cluster here
+        if _FLAGS.coordinator:
+            raise
+        raise UsageError(f"--distributed: no cluster detected ({_one_line(error)}); give --coordinator=HOST:PORT") from None
 
-    if _FLAGS.coordinator:
-        if _FLAGS.num_processes < 1 or _FLAGS.process_id < 0:
-            raise UsageError("--coordinator needs --num_processes and --process_id")
-        jax.distributed.initialize(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
-    elif _FLAGS.distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:  # JAX's way to say that it recognises no cluster here
-            raise UsageError(f"--distributed: no cluster detected ({_one_line(error)}); give --coordinator=HOST:PORT") from None
 
+@contextlib.contextmanager
+def _started(workdir: epath.Path, data_dir: str) -> Iterator[Context]:
+    """Start JAX (and its processes, when asked) and describe where the run takes place; signals ask it to stop."""
+    with StopRequest().on_signals() as stop, contextlib.ExitStack() as stack:
+        _join_processes()
+        import jax
 
-def _context(workdir: epath.Path, data_dir: str) -> Context:
-    """Start JAX (and its processes, when asked) and describe where the run takes place."""
-    import jax
-
-    _join_processes()
-    path = Path(data_dir).expanduser() if data_dir else None
-    if path is not None and not path.is_dir():
-        raise UsageError(f"config.data_dir: {data_dir!r} is not a directory")
-    return Context(workdir=workdir, data_dir=path, process_index=jax.process_index(), process_count=jax.process_count())
+        index, count = jax.process_index(), jax.process_count()
+        if count > 1:
+            text = f"dccot: process {index} of 0..{count - 1} was killed, or ended by JAX because another process is gone"
+            stack.enter_context(processes.last_words(f"{text}; the same command on every process goes on where the run stopped"))
+        path = Path(data_dir).expanduser() if data_dir else None
+        if path is not None and not path.is_dir():
+            raise UsageError(f"config.data_dir: {data_dir!r} is not a directory")
+        yield Context(workdir=workdir, data_dir=path, process_index=index, process_count=count, stop=stop)
 
 
 @contextlib.contextmanager
@@ -219,8 +253,7 @@ def _run(console: Console) -> int:
     from dccot_jax import pipeline
 
     config, workdir = _config(), _workdir()
-    ctx = _context(workdir, config.data_dir)
-    with _locked(workdir, ctx):
+    with _started(workdir, config.data_dir) as ctx, _locked(workdir, ctx):
         pipeline.run(config, ctx, until=_FLAGS.until, only=_FLAGS.only)
     return 0
 
@@ -242,8 +275,7 @@ def _eval(console: Console) -> int:
         raise UsageError("--checkpoint=DIR is needed: a train artifact or a Hugging Face directory")
     checkpoint = Path(os.path.abspath(os.path.expanduser(_FLAGS.checkpoint)))
     workdir = _workdir() if _FLAGS.workdir else epath.Path("runs").absolute() / f"eval-{checkpoint.name}"
-    ctx = _context(workdir, config.data_dir)
-    with _locked(workdir, ctx):
+    with _started(workdir, config.data_dir) as ctx, _locked(workdir, ctx):
         pipeline.evaluate_checkpoint(config, checkpoint, ctx)
     return 0
 

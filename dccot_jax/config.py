@@ -146,7 +146,10 @@ def default_config() -> ConfigDict:
     c.train.clip_norm = 1.0
     c.train.remat = "nothing_saveable"  # nothing_saveable | dots | none
     c.train.checkpoint_every = 200  # steps; recorded, not hashed
-    c.train.keep_checkpoints = 2
+    c.train.keep_checkpoints = 2  # the newest so many; negative: all, and they stay when the training is done
+    c.train.keep_best = 0  # and so many of lowest training loss (mean over about 50 steps); these stay when the training is done
+    c.train.max_skipped = 10  # steps in a row with a loss or gradient that is not finite; one more stops the training
+    c.train.step_deadline_seconds = 600.0  # several processes: one that waits longer for a step ends; 0: never
     c.train.log_every = 10
 
     c.evaluate = ConfigDict()
@@ -181,6 +184,9 @@ UNHASHED = frozenset(
         "select.tables",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_best",
+        "train.max_skipped",
+        "train.step_deadline_seconds",
         "train.log_every",
         "evaluate.batch_rows",
     }
@@ -305,6 +311,9 @@ def validate(config: ConfigDict) -> None:
     ):
         if lookup(config, key) < 1:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
+    for key in ("train.keep_best", "train.max_skipped", "train.step_deadline_seconds"):
+        if lookup(config, key) < 0:
+            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0")
     for key in ("evaluate.limit", "traces.questions", "mix.total_examples", "mix.total_tokens"):
         if lookup(config, key) < 0:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0 (0: all)")

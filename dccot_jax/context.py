@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dccot_jax.stopping import Stopped, StopRequest
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -55,6 +58,7 @@ class Context:
       workdir: the run's directory. data_dir: local files of public tasks, or None.
       process_index, process_count: this process among all (JAX processes).
       console: where people read; silent on processes other than 0.
+      stop: whether this process was asked to stop.
     """
 
     workdir: epath.Path | Path
@@ -62,6 +66,7 @@ class Context:
     process_index: int = 0
     process_count: int = 1
     console: Console = dataclasses.field(default_factory=lambda: Console(file=sys.stderr, highlight=False))
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         if self.process_index:
@@ -72,11 +77,43 @@ class Context:
         return self.process_index == 0
 
     def barrier(self, name: str) -> None:
-        """Wait until every process is here; no-op for one process."""
+        """Wait until every process is here; no-op for one process. Raises Stopped if one of them cannot come because it stops."""
         if self.process_count > 1:
-            from jax.experimental import multihost_utils
+            self._meet(name, leaving=False)
 
-            multihost_utils.sync_global_devices(name)
+    def stop_point(self, where: str) -> None:
+        """Raises Stopped, on every process, if any was asked to stop. Every process must call this; it is a barrier."""
+        if self.process_count > 1:
+            self._meet(where, leaving=bool(self.stop.asked))
+        elif self.stop.asked:
+            raise Stopped(where, agreed=True)
+
+    def stop_alone(self, where: str) -> None:
+        """Raises Stopped if this process was asked to stop: for work of one process while the others wait at a barrier."""
+        if self.stop.asked:
+            raise Stopped(where, agreed=self.process_count == 1)
+
+    @contextlib.contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Around a stage: if process 0 stops alone, the others leave the barrier at which they wait for it, with Stopped too."""
+        try:
+            yield
+        except Stopped as stop:
+            if not stop.agreed:
+                with contextlib.suppress(Stopped):
+                    self._meet(str(stop), leaving=True)
+            raise
+
+    def _meet(self, name: str, *, leaving: bool) -> None:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        mine = np.asarray([leaving, zlib.crc32(name.encode()) >> 1], np.int32)
+        found = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2)
+        if found[:, 0].any():
+            raise Stopped(name, agreed=True)
+        if (found[:, 1] != mine[1]).any():
+            raise RuntimeError(f"process {self.process_index} is at {name!r}, another process elsewhere")
 
     def log(self, text: str) -> None:
         """One line for the reader of the terminal."""

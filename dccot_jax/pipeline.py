@@ -402,8 +402,9 @@ def _make(store: Store, node: Node, done: Mapping[str, Artifact], label: str, ct
     writer = store.writer(node.name, identity)
     if ctx.is_main:
         remove_leftovers(writer.path)
-    ctx.barrier(f"start {node.name} {identity}")
-    result = node.stage.load()(node.config, inputs, writer, ctx)
+    ctx.stop_point(f"before {node.name}")
+    with ctx.stopping_together():
+        result = node.stage.load()(node.config, inputs, writer, ctx)
     ctx.barrier(f"end {node.name} {identity}")
     seconds = time.monotonic() - start
     if ctx.is_main:
@@ -424,13 +425,13 @@ def _make(store: Store, node: Node, done: Mapping[str, Artifact], label: str, ct
             wall_seconds=seconds,
             recorded={"processes": ctx.process_count, "mesh": config_lib.to_plain(node.config.mesh), "node": node.name},
         )
-    ctx.barrier(f"manifest {node.name} {identity}")
     lost = ", ".join(f"{reason} {count:,}" for reason, count in result.dropped.items())
     ctx.log(
         f"[{label}] {node.name}: {result.rows_in:,} rows in, {result.rows_out:,} out"
         + (f"; dropped: {lost}" if lost else "")
         + f" ({seconds:.1f} s)"
     )
+    ctx.stop_point(f"after {node.name}")  # the manifest is there
     return open_artifact(writer.path), True
 
 

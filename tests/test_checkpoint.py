@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from typing import Any
 
@@ -16,7 +17,6 @@ from dccot_jax.artifact import ArtifactError, ArtifactWriter, tree_hash
 from dccot_jax.model import hf
 from dccot_jax.train.checkpoint import (
     CheckpointError,
-    TrainCheckpoints,
     abstract_params,
     export_hf,
     load_student,
@@ -26,6 +26,7 @@ from dccot_jax.train.checkpoint import (
 )
 from dccot_jax.train.digest import checksums, params_hash
 from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.states import TrainCheckpoints, kept_steps, remove_all_but_best
 from dccot_jax.train.step import abstract_state, init_state
 
 OWNER = {"plan": "a" * 64, "student": "b" * 64}
@@ -59,6 +60,16 @@ def _restore(path, on, owner=OWNER):
     with jax.set_mesh(on), TrainCheckpoints(path, owner, keep=2, log=lines.append) as saver:
         found: Any = saver.restore(_target(on))
     return found, lines
+
+
+def test_from_eight_shards_of_one_axis_to_two_of_each(tmp_path):
+    flat, cube = mesh(1, 8, 1), mesh(2, 2, 2)
+    with jax.set_mesh(flat), TrainCheckpoints(tmp_path, OWNER, keep=1, log=print) as saver:
+        saver.save(7, _state(flat), {})
+    (step, state, _), lines = _restore(tmp_path, cube)
+    assert step == 7 and not lines
+    _equal(state, jax.device_get(_state(flat)))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {cube}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1)])
@@ -100,7 +111,11 @@ def _wrong_contents(folder):
     meta.write_text(json.dumps(record).ljust(meta.stat().st_size))  # of the same size
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip_bytes, _lose_record, _wrong_contents])
+def _lose_file(folder):
+    max(_data_files(folder), key=lambda path: path.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_bytes, _lose_record, _lose_file, _wrong_contents])
 @pytest.mark.parametrize("sizes_known", [True, False])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(saved, damage, sizes_known):
     damage(saved / "5")
@@ -131,6 +146,56 @@ def test_the_newest_are_kept(tmp_path, keep, left):
         for step in (1, 2, 3):
             saver.save(step, _state(on), {})
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == left
+
+
+def test_which_checkpoints_stay():
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0, 5: None, 6: 9.0}
+    assert kept_steps(losses, last=2, best=0) == {5, 6}
+    assert kept_steps(losses, last=1, best=2) == {2, 4, 6}
+    assert kept_steps(losses, last=1, best=1) == {4, 6}  # of equals the newer
+    assert kept_steps(losses, last=0, best=0) == {6}  # never none
+    assert kept_steps(losses, last=-1, best=1) == set(losses)
+
+
+def test_the_best_stay_beside_the_newest_even_over_a_restart(tmp_path):
+    on = mesh(1, 1, 1)
+    state = _state(on)
+    for part in ({1: 5.0, 2: 2.0, 3: 3.0}, {4: 4.0, 5: float("nan")}):
+        with jax.set_mesh(on), TrainCheckpoints(tmp_path, OWNER, keep=1, keep_best=2, log=print) as saver:
+            for step, loss in part.items():
+                saver.save(step, state, {}, loss=loss)
+    assert _on_disk(tmp_path) == [2, 3, 5]
+    remove_all_but_best(tmp_path, 1)
+    assert _on_disk(tmp_path) == [2]
+    remove_all_but_best(tmp_path, 0)
+    assert not tmp_path.exists()
+
+
+def _on_disk(path):
+    return sorted(int(folder.name) for folder in path.iterdir() if folder.name.isdigit())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, caplog):
+    """A limit on the size of files stands in for the disk: the write fails in the same place."""
+    on = mesh(1, 1, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with jax.set_mesh(on), TrainCheckpoints(tmp_path, OWNER, keep=1, log=print) as saver:
+        state = _state(on)
+        saver.save(1, state, {})
+        saver.settle()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+        try:
+            with pytest.raises(CheckpointError) as full:
+                saver.save(2, state, {})
+                saver.settle()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "checkpoint 2 could not be written (File too large); checkpoint 1 is whole. Make room" in str(full.value)
+    assert "\n" not in str(full.value) and not [record for record in caplog.records if record.exc_info]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]  # what was half written gave its room back
+    (step, restored, _), lines = _restore(tmp_path, on)
+    assert step == 1 and not lines
+    _equal(restored, state)
 
 
 def test_nothing_to_restore(tmp_path):

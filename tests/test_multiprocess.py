@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -38,11 +37,13 @@ def _worker(folder: Path, index: int, port: int) -> None:
     from dccot_jax.data.loader import PlanSource
     from dccot_jax.model.sharding import make_mesh
     from dccot_jax.records import canonical_json
-    from dccot_jax.train import loop
+    from dccot_jax.stopping import Stopped
+    from dccot_jax.train import loop, states
     from dccot_jax.train.checkpoint import load_student
     from dccot_jax.train.feed import local_rows, to_global
     from dccot_jax.train.optimizer import make_optimizer
     from dccot_jax.train.step import init_state
+    from dccot_jax.train.votes import VOTE, cast_vote
 
     cfg, on = _config(), make_mesh(MESH)
     inputs = {name: open_artifact(folder / name) for name in ("student", "tokenize", "plan")}
@@ -53,7 +54,7 @@ def _worker(folder: Path, index: int, port: int) -> None:
     source = PlanSource.from_artifacts(inputs["plan"], inputs["tokenize"], rows=rows)
     batch = to_global(source[0], on, rows, cfg.train.rows_per_step)
     step = loop._compile(
-        TINY, on, canonical_json(config_slice(cfg, ("train",))), "float32", 4, cfg.train.rows_per_step, cfg.train.row_tokens
+        TINY, on, canonical_json(config_slice(cfg, ("train",))), "float32", 4, cfg.train.rows_per_step, cfg.train.row_tokens, voting=True
     )
     with jax.set_mesh(on):
         state = init_state(params_on(TINY, on), make_optimizer(cfg.train), on)
@@ -62,23 +63,28 @@ def _worker(folder: Path, index: int, port: int) -> None:
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         }
         batch_held = sum(shard.data.shape[0] for shard in batch["tokens"].addressable_shards)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {**batch, VOTE: cast_vote(on, index == 1)})
         grads = multihost_utils.process_allgather(state["opt"][0].mu, tiled=True)
     if index == 0:
         flat = {jax.tree_util.keystr(path): leaf / (1 - cfg.train.b1) for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
         np.savez(folder / "grads.npz", **flat)
 
-    # The whole stage, once through and once interrupted on both processes after a checkpoint.
-    class Stopped(Exception):
-        pass
-
-    def stop(done: int) -> None:
-        if done == 3:
-            raise Stopped
-
+    # The whole stage, once through and once stopped, asked on process 1 only. Then process 1 cannot read the newest checkpoint.
     whole = loop.run(cfg, inputs, ArtifactWriter(folder / "whole"), ctx)
-    with contextlib.suppress(Stopped):
-        loop.run(cfg, inputs, ArtifactWriter(folder / "stopped"), ctx, on_step=stop)
+    asking = Context(folder, process_index=index, process_count=PROCESSES)
+    stopped = ""
+    try:
+        loop.run(cfg, inputs, ArtifactWriter(folder / "stopped"), asking, on_step=lambda _: asking.stop.ask("test") if index == 1 else None)
+    except Stopped as error:
+        stopped = str(error)
+    read = states._read_state
+
+    def torn(path, target):
+        if index == 1 and path.name == "3":
+            raise ValueError("torn")
+        return read(path, target)
+
+    states._read_state = torn
     resumed_at: list[int] = []
     resumed = loop.run(cfg, inputs, ArtifactWriter(folder / "stopped"), ctx, on_step=resumed_at.append)
     elsewhere = load_student(open_artifact(folder / "student"), on).params["embed"]
@@ -92,6 +98,8 @@ def _worker(folder: Path, index: int, port: int) -> None:
         "whole": [whole.logical_hash, whole.facts["loss"]],
         "resumed": [resumed.logical_hash, resumed.facts["loss"]],
         "first_step_after_resume": resumed_at[0],
+        "stopped": stopped,
+        "votes": [float(x) for x in jax.device_get(metrics[VOTE])],
     }
     print(json.dumps(report), flush=True)
 
@@ -123,7 +131,7 @@ def reports(tmp_path_factory):
         for index in range(PROCESSES)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=240) for process in started]
+        outputs = [process.communicate(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -162,11 +170,14 @@ def test_each_process_builds_its_rows_and_holds_its_shards(reports):
         assert report["random_embed_held"] == TINY.vocab_size * TINY.hidden_size // 2
 
 
-def test_the_stage_runs_and_resumes_on_two_processes(reports):
+def test_the_stage_runs_stops_together_and_resumes_on_two_processes(reports):
     folder, _, found = reports
     first, second = found
     assert first["whole"] == second["whole"] == first["resumed"] == second["resumed"]
-    assert first["first_step_after_resume"] == 3
+    for report in found:
+        assert report["votes"] == [2.0, 1.0]  # both devices of the process that was asked
+        assert report["stopped"] == "training saved after step 3 of 4"
+        assert report["first_step_after_resume"] == 3  # checkpoint 3 counts as damaged on both
     for name in ("whole", "stopped"):
         assert json.loads((folder / name / "final.json").read_text())["logical_hash"] == first["whole"][0]
         assert len((folder / name / "train_log.jsonl").read_text().splitlines()) == 4

@@ -78,6 +78,22 @@ def test_second_run_asks_nothing(tmp_path):
     assert teacher.asked == [] and (usage.calls, usage.cache_hits, usage.completion_tokens) == (0, 5, 0)
 
 
+def test_an_interruption_sends_nothing_further_and_keeps_what_comes_back(tmp_path):
+    teacher = Echo(delay=0.01)
+
+    def stop(count):
+        if count and len(teacher.asked) >= 10:
+            raise KeyError("enough")
+
+    with RequestCache(tmp_path) as cache, pytest.raises(KeyError):
+        complete_all(teacher, ask(50), cache=cache, concurrency=4, on_done=stop)
+    assert 10 <= len(teacher.asked) < 10 + 4  # calls in flight come back
+    again = Echo()
+    with RequestCache(tmp_path) as cache:
+        complete_all(again, ask(50), cache=cache)
+    assert sorted(teacher.asked + again.asked) == sorted(f"q{index}" for index in range(50))
+
+
 def test_equal_requests_are_sent_once(tmp_path):
     teacher, usage = Echo(), Usage()
     with RequestCache(tmp_path) as cache:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import pytest
-from training_cases import TINY, run_config, write_training
+from training_cases import TINY, finished, mesh, place, run_config, write_training
 
 from dccot_jax.artifact import ArtifactWriter, tree_hash
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
-from dccot_jax.train.checkpoint import CheckpointError, restore_params
+from dccot_jax.data.loader import PlanSource
+from dccot_jax.stopping import Stopped, StopRequest
+from dccot_jax.train.checkpoint import CheckpointError, load_student, restore_params
 from dccot_jax.train.logs import TrainLog, Window, read_log
 from dccot_jax.train.loop import run
+from dccot_jax.train.losses import weighted_loss
 
 STEPS = 12
 
@@ -74,8 +72,6 @@ def test_what_a_training_leaves_behind(undisturbed, inputs):
 
 
 def test_the_logical_hash_names_the_parameters(undisturbed, inputs):
-    from training_cases import mesh
-
     from dccot_jax.train.loop import _logical_hash
 
     out, result = undisturbed
@@ -92,6 +88,31 @@ def test_a_killed_training_ends_bit_for_bit_like_an_undisturbed_one(undisturbed,
     out, expected = undisturbed
     assert result.logical_hash == expected.logical_hash and result.facts == expected.facts
     assert _plain_log(tmp_path / "train") == _plain_log(out)
+
+
+def test_asked_to_stop_it_saves_the_step_and_goes_on_bit_for_bit(undisturbed, inputs, tmp_path):
+    """SIGTERM inside a window and between two checkpoints."""
+    with StopRequest().on_signals() as stop:
+        ctx = Context(tmp_path, stop=stop)
+        cfg = run_config(checkpoint_every=100)
+        kill = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match=r"saved after step 6 of 12") as stopped:
+            writer = ArtifactWriter(tmp_path / "train")
+            run(cfg, inputs, writer, ctx, devices=jax.devices()[:1], on_step=lambda step: kill() if step == 5 else None)
+    steps: list[int] = []
+    result = _train(inputs, tmp_path / "train", run_config(), on_step=steps.append)
+    assert f"after step {steps[0] - 1} of" in str(stopped.value)
+    assert result.logical_hash == undisturbed[1].logical_hash and result.facts == undisturbed[1].facts
+    assert _plain_log(tmp_path / "train") == _plain_log(undisturbed[0])
+
+
+def test_asked_to_stop_at_the_last_step_it_finishes(undisturbed, inputs, tmp_path):
+    ctx = Context(tmp_path)
+    writer = ArtifactWriter(tmp_path / "train")
+    result = run(
+        run_config(), inputs, writer, ctx, devices=jax.devices()[:1], on_step=lambda step: ctx.stop.ask("test") if step == STEPS else None
+    )
+    assert result.logical_hash == undisturbed[1].logical_hash
 
 
 def test_the_log_window_survives_where_checkpoints_and_lines_do_not_meet(undisturbed, inputs, tmp_path):
@@ -125,6 +146,24 @@ def test_a_finished_training_is_not_repeated(undisturbed, inputs, tmp_path):
     assert not (tmp_path / "train" / "checkpoints").exists()
 
 
+def test_the_best_checkpoint_stays_and_opens_as_a_student(inputs, tmp_path):
+    out = tmp_path / "train"
+    _train(inputs, out, run_config(keep_best=1, keep_checkpoints=1, checkpoint_every=5))
+    (best,) = (out / "checkpoints").iterdir()
+    assert best.name == "10"
+    finished(out, "train", "x")
+    on = mesh(1, 2, 1)
+    student = load_student(best, on)
+    assert student.mc == TINY and student.source == str(best)
+    # The loss of the next step is the loss of these parameters.
+    batch = PlanSource.from_artifacts(inputs["plan"], inputs["tokenize"])[10]
+    with jax.set_mesh(on):
+        total, weight = weighted_loss(student.params, TINY, place(batch, on), compute_dtype="float32", remat="none")
+    again = _train(inputs, tmp_path / "again", run_config(log_every=1))
+    assert read_log(tmp_path / "again")[10]["loss"] == pytest.approx(float(total) / float(weight), rel=1e-5)
+    assert again.facts["steps"] == STEPS
+
+
 def test_a_training_of_another_plan_is_refused(inputs, tmp_path):
     with pytest.raises(Killed):
         _train(inputs, tmp_path / "train", run_config(), on_step=_kill_at(6))
@@ -144,20 +183,25 @@ def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
         _train(write_training(tmp_path, TINY, cfg), tmp_path / "train", cfg)
 
 
-def test_sixty_steps_on_eight_devices_and_a_resume_on_another_mesh(tmp_path):
+def test_sixty_steps_on_eight_devices_and_resumes_on_other_meshes(tmp_path):
     """The lag-1 loop neither hangs with many fake devices nor depends on the mesh that a checkpoint was made on."""
-    cfg = run_config(steps=60, checkpoint_every=25, log_every=20, microbatches=1)
+    cfg = run_config(steps=60, checkpoint_every=15, log_every=20, microbatches=1)
     cfg.mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     inputs = write_training(tmp_path, TINY, cfg)
     whole = _train(inputs, tmp_path / "whole", cfg, devices=8)
     lines = read_log(tmp_path / "whole")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
-    with pytest.raises(Killed):
-        _train(inputs, tmp_path / "moved", cfg, devices=8, on_step=_kill_at(40))
-    one = run_config(steps=60, checkpoint_every=25, log_every=20, microbatches=1)
-    moved = _train(inputs, tmp_path / "moved", one)
+    for sizes, last in (((1, 8, 1), 20), ((2, 2, 2), 50)):
+        cfg.mesh = dict(zip(("data", "fsdp", "tensor"), sizes))
+        with pytest.raises(Killed):
+            _train(inputs, tmp_path / "moved", cfg, devices=8, on_step=_kill_at(last))
+    cfg.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    steps: list[int] = []
+    moved = _train(inputs, tmp_path / "moved", cfg, on_step=steps.append)
+    assert steps[0] == 46
     assert moved.facts["loss"] == pytest.approx(whole.facts["loss"], rel=2e-3)
-    assert moved.facts["tokens"] == whole.facts["tokens"]
+    for name in ("step", "epoch", "tokens", "trained_tokens"):  # every step saw the same rows
+        assert [line[name] for line in read_log(tmp_path / "moved")] == [line[name] for line in lines]
 
 
 def test_log_window_and_torn_line(tmp_path):
@@ -174,45 +218,3 @@ def test_log_window_and_torn_line(tmp_path):
         file.write('{"step": 6, "lo')
     TrainLog(tmp_path, 2).close()
     assert [line["step"] for line in read_log(tmp_path)] == [2]
-
-
-@pytest.mark.slow
-def test_sigkill_at_random_moments(tmp_path):
-    """A real process, killed six times wherever it happens to be, a write included, ends like one that was left alone."""
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    rng = random.Random(seed)
-
-    def start(name):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}
-        return subprocess.Popen([sys.executable, __file__, str(tmp_path), name], env=environment, stdout=subprocess.PIPE, text=True)
-
-    alone = start("alone")
-    expected = json.loads(alone.communicate(timeout=300)[0].splitlines()[-1])
-    kills = 0
-    while kills < 6:
-        process = start("killed")
-        assert process.stdout is not None
-        next(itertools.islice(process.stdout, rng.randrange(2, 14), None), None)
-        time.sleep(rng.random() * 0.05)
-        finished = process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        if finished:
-            break
-    process = start("killed")
-    found = json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
-    assert found == expected
-    assert _plain_log(tmp_path / "killed") == _plain_log(tmp_path / "alone")
-
-
-def _main(folder: Path, name: str) -> None:
-    cfg = run_config(steps=60, checkpoint_every=3, log_every=7)
-    inputs = write_training(folder / f"{name}-inputs", TINY, cfg)
-    result = _train(inputs, folder / name, cfg, devices=1, on_step=lambda step: (time.sleep(0.01), print(step, flush=True)))
-    print(json.dumps([result.logical_hash, dict(result.facts)]))
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), sys.argv[2])

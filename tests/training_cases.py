@@ -26,6 +26,7 @@ TINY = ModelConfig(
     family="llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
     rope_theta=500.0, tie_embeddings=True, max_positions=64,
 )  # fmt: skip
+Place = tuple[int, int, int]
 UNTIED = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, tie_embeddings=False)
 
 
@@ -126,8 +127,11 @@ def write_student(path: Path, mc: ModelConfig, seed: int = 3) -> Artifact:
     return finished(path, "student", content_hash(record, digits=64), {"tokenizer_hash": about["hash"]})
 
 
-def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 0) -> dict[str, Artifact]:
-    """Inputs of the train stage: student, tokens, and a plan with one to three sequences in every packed row."""
+def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 0, poison: Sequence[Place] = ()) -> dict[str, Artifact]:
+    """Inputs of the train stage: student, tokens, and a plan with one to three sequences in every packed row.
+
+    The weight of the sequences at `poison`, (step, row, slot) from 0, is not a number.
+    """
     rng = np.random.default_rng(seed)
     rows, row_tokens, steps = cfg.train.rows_per_step, cfg.train.row_tokens, cfg.train.steps
     pool = sequences(rng, 40, longest=row_tokens // 3, vocab=mc.vocab_size)
@@ -145,7 +149,10 @@ def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 
     slots = [(step, row, slot) for step in range(steps) for row in range(rows) for slot in range(int(rng.integers(1, 4)))]
     places = [(*slot, int(rng.integers(len(pool)))) for slot in slots]
     columns = {name: pa.array([place[i] for place in places], pa.int32()) for i, name in enumerate(("step", "row", "slot", "token_row"))}
-    table = pa.table({**columns, "weight": pa.array(rng.uniform(0.5, 2.0, len(places)).astype(np.float32))})
+    columns["id"] = pa.array([f"{place[3]:04d}" for place in places])
+    weight = rng.uniform(0.5, 2.0, len(places)).astype(np.float32)
+    weight[[slots.index(place) for place in poison]] = np.nan
+    table = pa.table({**columns, "weight": pa.array(weight)})
     plan = ArtifactWriter(path / "plan")
     plan.write_table("plan", table)
     plan_hash = table_hash(table, by=("step", "row", "slot"))

@@ -77,7 +77,12 @@ def augment(
 
         def ask(requests: Sequence[Request], label: str, usage: Usage = usage) -> list[Response]:
             with ctx.progress(f"augment {label}", len(requests), "requests") as bar:
-                responses = complete_all(teacher, requests, cache=cache, meter=usage, on_done=bar.advance)
+
+                def done(count: int) -> None:
+                    bar.advance(count)
+                    ctx.stop_alone("augment: answers are cached")
+
+                responses = complete_all(teacher, requests, cache=cache, meter=usage, on_done=done)
             return responses
 
         outcome = METHODS[method](seeds, settings, Asker(teacher, ask))

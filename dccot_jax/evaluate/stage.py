@@ -136,6 +136,7 @@ def _answer_all(
             nonlocal tokens
             tokens += sum(len(reply.tokens) for _, reply in finished)
             meter.advance(len(finished), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+            ctx.stop_point("evaluate: answers")  # a chunk takes minutes: it is given up rather than finished
 
         prompts = [list(question.prompt_ids) for question in asked]
         replies = greedy(sampler(), prompts, cfg.evaluate.max_new_tokens, row_ids=rows, on_batch=advance)
@@ -241,6 +242,7 @@ def _chunked(
             if ctx.is_main:
                 text = [json.dumps(row, ensure_ascii=False, allow_nan=True) for row in found]
                 out.commit_chunk(series, index, pa.table({"row": pa.array(text, pa.string())}))
+            ctx.stop_point(f"{label}: chunk committed")
     if not ctx.is_main:
         return []
     rows: list[dict[str, Any]] = []

@@ -329,6 +329,7 @@ def _score_forward(
                 meter.advance(len(tiles[t].rows))
                 scored += len(tiles[t].rows)
             out.commit_chunk(series[ctx.process_index], index, _chunk_table(rows, names, vectors, parts))
+            ctx.stop_point(f"{kind}: chunk committed")
     seconds = time.monotonic() - started
     ctx.barrier(f"{kind}-chunks")
     columns: dict[str, dict[str, Any]] = {name: {} for name in (*names, *vectors)}

@@ -105,7 +105,10 @@ def student_error(
                 meter.skip(len(chunk))
                 continue
             numbers = range(index * size, index * size + len(chunk))
-            replies = greedy(sampler(), [prompt for _, prompt in chunk], cfg.evaluate.max_new_tokens, row_ids=numbers)
+            prompts = [prompt for _, prompt in chunk]
+            replies = greedy(
+                sampler(), prompts, cfg.evaluate.max_new_tokens, row_ids=numbers, on_batch=lambda _: ctx.stop_point("student answers")
+            )
             if ctx.is_main:
                 limit = cfg.verify.time_limit_seconds
                 samples = [make_sample(q, tokenizer, reply, student.stop_ids, time_limit=limit) for (q, _), reply in zip(chunk, replies)]

@@ -146,6 +146,7 @@ def _verdicts(traces: Sequence[Trace], time_limit: float, out: ArtifactWriter, c
                 done = pa.table(dict(zip(_CHUNK_SCHEMA.names, columns)), schema=_CHUNK_SCHEMA)
                 out.commit_chunk("verdicts", index, done)
                 bar.advance(len(part))
+                ctx.stop_alone("verify: chunk committed")
             verdicts |= {row["id"]: (row["verdict"], row["reason"]) for row in done.to_pylist()}
     return verdicts
 

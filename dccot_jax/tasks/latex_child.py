@@ -19,6 +19,7 @@ POINTS = 4
 
 def main() -> None:
     """Say ready, then answer one request per line: {"left", "right", "proportional", "limit"} -> {"equal"}."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to every process; the parent ends this one
     logging.disable(logging.CRITICAL)
     channel, sys.stdout = sys.stdout, sys.stderr
     _limit_memory()

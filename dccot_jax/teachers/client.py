@@ -55,7 +55,7 @@ def complete_all(
       meter: counts are added to it. on_done: called with the number of requests just finished (from the event loop's thread).
 
     Raises:
-      whatever `teacher.complete` raises, after calls in flight have come back and been stored; nothing further is sent.
+      whatever `teacher.complete` or `on_done` raises, after calls in flight have come back and been stored; nothing further is sent.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency {concurrency} must be at least 1")
@@ -96,18 +96,18 @@ async def _complete_all(
                 return
             try:
                 response = await teacher.complete(request)
+                meter.calls += 1
+                meter.prompt_tokens += response.prompt_tokens or 0
+                meter.completion_tokens += response.completion_tokens or 0
+                if response.finish_reason == "error":
+                    meter.errors += 1
+                else:
+                    cache.put(teacher, key, request, response)
+                found[key] = response
+                on_done(1)
             except BaseException:
                 failed = True
                 raise
-            meter.calls += 1
-            meter.prompt_tokens += response.prompt_tokens or 0
-            meter.completion_tokens += response.completion_tokens or 0
-            if response.finish_reason == "error":
-                meter.errors += 1
-            else:
-                cache.put(teacher, key, request, response)
-            found[key] = response
-            on_done(1)
 
     results = await asyncio.gather(*(worker() for _ in range(min(concurrency, len(open_requests)))), return_exceptions=True)
     cache.sync()

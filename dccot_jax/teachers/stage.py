@@ -96,7 +96,12 @@ def _generate(
     """Traces of one teacher, `cfg.traces.samples` per question; failures and cut replies are dropped with a reason."""
     jobs = [(item, _request(task, item, cfg, sample)) for item in items for sample in range(cfg.traces.samples)]
     with ctx.progress(f"traces {teacher.name}", len(jobs), "requests") as bar:
-        responses = complete_all(teacher, [request for _, request in jobs], cache=cache, meter=usage, on_done=bar.advance)
+
+        def done(count: int) -> None:
+            bar.advance(count)
+            ctx.stop_alone("traces: answers are cached")
+
+        responses = complete_all(teacher, [request for _, request in jobs], cache=cache, meter=usage, on_done=done)
     traces, dropped = [], []
     for (item, request), response in zip(jobs, responses, strict=True):
         place = f"{item.id}/{teacher.name}/{request.sample_index}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,25 @@ class Window:
             else:
                 found[name] = total / weight if weight > 0 else None
         return found
+
+
+class SmoothedLoss:
+    """Σ w·nll / Σ w with older steps fading by `DECAY` a step (about the last 50 count): by it checkpoints are called better or worse."""
+
+    DECAY = 0.98
+
+    def __init__(self, state: Sequence[float] = (0.0, 0.0)):
+        self.total, self.weight = state
+
+    def add(self, total: float, weight: float) -> None:
+        self.total = self.DECAY * self.total + total
+        self.weight = self.DECAY * self.weight + weight
+
+    def state(self) -> list[float]:
+        return [self.total, self.weight]
+
+    def value(self) -> float | None:
+        return self.total / self.weight if self.weight > 0 else None
 
 
 class TrainLog:

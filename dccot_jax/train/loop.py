@@ -11,6 +11,8 @@ Files: ``final/`` (parameters), ``final.json``, ``student.json`` and ``tokenizer
 At most two steps are in flight: the metrics of step n-1 are read after step n was dispatched. That hides the host's work,
 bounds the memory of queued batches, and is what keeps many fake CPU devices from dead-locking. In float32 on one mesh the
 result is bitwise the same however often the training was killed and resumed.
+
+Asked to stop (SIGTERM, Ctrl-C, on any process), all processes save after the same step and raise Stopped.
 """
 
 from __future__ import annotations
@@ -33,21 +35,25 @@ from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource, batches
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
+from dccot_jax.processes import Watchdog
 from dccot_jax.records import canonical_json, content_hash
+from dccot_jax.stopping import Stopped
 from dccot_jax.train.checkpoint import (
     FINAL,
     CheckpointError,
-    TrainCheckpoints,
     abstract_params,
     load_student,
     save_params,
 )
 from dccot_jax.train.digest import params_hash
 from dccot_jax.train.feed import batch_sharding, local_rows, to_global
-from dccot_jax.train.logs import TrainLog, Window, to_host
+from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
 from dccot_jax.train.losses import BATCH_FIELDS
 from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.skips import Skips, Unit, only
+from dccot_jax.train.states import TrainCheckpoints, remove_all_but_best
 from dccot_jax.train.step import abstract_state, init_state, make_train_step
+from dccot_jax.train.votes import VOTE, cast_vote, counting, vote_shape
 
 CHECKPOINTS = "checkpoints"
 
@@ -69,7 +75,9 @@ def run(
 
     Raises:
       ConfigError: rows longer than the model's positions, or rows of a step that do not split over the devices.
-      CheckpointError: the directory holds a training of another plan, student or config.
+      Stopped: a process was asked to stop; the checkpoint of the last step is on disk.
+      CheckpointError: the directory holds a training of another plan, student or config, or a checkpoint cannot be written.
+      NonFiniteError: more than ``train.max_skipped`` steps in a row were not finite; the message names the traces.
     """
     # --- what is trained -----------------------------------------------------------------------------------------------
     plan, student = inputs["plan"], inputs["student"]
@@ -91,7 +99,8 @@ def run(
     # --- mesh, optimizer, state ----------------------------------------------------------------------------------------
     mesh = make_mesh(to_plain(cfg.mesh), devices)
     optimizer = make_optimizer(cfg.train)
-    checkpoints = TrainCheckpoints(out.file(CHECKPOINTS), owner, keep=cfg.train.keep_checkpoints, log=ctx.log)
+    keep, keep_best = cfg.train.keep_checkpoints, cfg.train.keep_best
+    checkpoints = TrainCheckpoints(out.file(CHECKPOINTS), owner, keep=keep, keep_best=keep_best, log=ctx.log)
     with jax.set_mesh(mesh), checkpoints as saver:
         found = saver.restore(abstract_state(abstract_params(mc, mesh), optimizer, mesh))
         if found is None:
@@ -105,10 +114,17 @@ def run(
         rows = local_rows(mesh, rows_per_step)
         source = PlanSource.from_artifacts(plan, inputs["tokenize"], rows=rows)
         epochs = _epochs(plan, about)
+        voting = ctx.process_count > 1
+
+        def feed(local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+            """The global batch, with this process's vote to stop where there are several."""
+            batch = to_global(local, mesh, rows, rows_per_step)
+            return {**batch, VOTE: cast_vote(mesh, bool(ctx.stop.asked))} if voting else batch
 
         # --- compile ---------------------------------------------------------------------------------------------------
         started = time.monotonic()
-        train_step = _compile(mc, mesh, canonical_json(config_slice(cfg, ("train",))), cfg.compute_dtype, steps, rows_per_step, row_tokens)
+        train = canonical_json(config_slice(cfg, ("train",)))
+        train_step = _compile(mc, mesh, train, cfg.compute_dtype, steps, rows_per_step, row_tokens, voting)
         ctx.log(
             f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
             f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
@@ -117,18 +133,36 @@ def run(
         # --- loop ------------------------------------------------------------------------------------------------------
         log = TrainLog(out.path, first) if ctx.is_main else None
         window = Window(record.get("window"))
+        smoothed = SmoothedLoss(record.get("smoothed_loss", (0.0, 0.0)))
+        skips = Skips(cfg.train.max_skipped, record.get("skipped_in_a_row", ()))
         totals: dict[str, float] = dict(record.get("totals", {"tokens": 0, "trained_tokens": 0, "skipped": 0, "seconds": 0.0}))
         last_loss: float | None = record.get("last_loss")
         pending: Any = None
+        asked = False  # to stop, by any process
         clock = time.monotonic()
+        watchdog = Watchdog(cfg.train.step_deadline_seconds if voting else 0.0, f"training on process {ctx.process_index}")
 
-        with log or contextlib.nullcontext(), ctx.progress("train", steps, unit="steps") as meter:
+        with log or contextlib.nullcontext(), ctx.progress("train", steps, unit="steps") as meter, watchdog:
             meter.skip(first)
 
+            def fails(step: int, units: frozenset[Unit]) -> bool:
+                """Whether a step is not finite with only these of its sequences; the state moves where it is."""
+                nonlocal state
+                part = feed(only(source[step - 1], rows, units))
+                state, metrics = train_step(state, part)
+                watchdog.beat(f"looking for what is not finite in step {step}")
+                return to_host(metrics)["skipped"][0] > 0
+
             def finish_step(step: int, metrics: Any) -> None:
-                """Wait for a step, count it, and write a log line at the end of a window."""
-                nonlocal window, last_loss, clock
-                window.add(to_host(metrics))
+                """Wait for a step, count it, and write a log line at the end of a window. Raises NonFiniteError."""
+                nonlocal window, last_loss, clock, asked
+                found = to_host(metrics)
+                asked = found.pop(VOTE, (0.0, 1.0))[0] > 0 if voting else bool(ctx.stop.asked)
+                watchdog.beat(f"step {step}")
+                window.add(found)
+                smoothed.add(*found["loss"])
+                if skips.add(step, found["skipped"][0] > 0):
+                    raise skips.error(plan.table("plan"), fails)
                 if step % cfg.train.log_every == 0 or step == steps:
                     now = time.monotonic()
                     seconds, clock = now - clock, now
@@ -143,19 +177,23 @@ def run(
                 meter.advance(1, note="" if last_loss is None else f"loss {last_loss:.4f}")
 
             for step, local in enumerate(batches(source, first), first + 1):
-                batch = to_global(local, mesh, rows, rows_per_step)
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, feed(local))
                 if pending is not None:
                     finish_step(*pending)  # waits for the step before this one only
                 pending = (step, metrics)
                 if on_step is not None:
                     on_step(step)
-                due = cfg.train.checkpoint_every > 0 and step % cfg.train.checkpoint_every == 0
-                if step == steps or due:
+                stopping = asked and step < steps
+                due = step % cfg.train.checkpoint_every == 0 and step < steps
+                if step == steps or due or stopping:
                     finish_step(*pending)
                     pending = None
-                if due and step < steps:
-                    saver.save(step, state, {"window": window.state(), "totals": totals, "last_loss": last_loss})
+                if due or stopping:
+                    record = {"window": window.state(), "totals": dict(totals), "last_loss": last_loss}
+                    record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
+                    saver.save(step, state, record, loss=smoothed.value())
+                if stopping:
+                    raise Stopped(f"training saved after step {step} of {steps}", agreed=True)
 
         # --- finish: parameters, then final.json, then the checkpoints go ----------------------------------------------
         saver.close()
@@ -218,10 +256,9 @@ def _result(final: Mapping[str, Any]) -> StageResult:
 
 
 def _remove_checkpoints(cfg: ConfigDict, out: ArtifactWriter, ctx: Context) -> None:
-    """Final parameters are on disk: training states have had their use, unless ``train.keep_checkpoints`` is negative."""
-    folder = out.file(CHECKPOINTS)
-    if ctx.is_main and cfg.train.keep_checkpoints >= 0 and folder.exists():
-        folder.rmtree()
+    """Final parameters are on disk: training states have had their use. `keep_best` of them stay, or all if `keep_checkpoints` < 0."""
+    if ctx.is_main and cfg.train.keep_checkpoints >= 0:
+        remove_all_but_best(out.file(CHECKPOINTS), cfg.train.keep_best)
 
 
 def _logical_hash(params_sha: str, student: Artifact, about: Mapping[str, Any]) -> str:
@@ -236,15 +273,24 @@ def _epochs(plan: Artifact, about: Mapping[str, Any]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _compile(mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, steps: int, rows: int, tokens: int) -> Any:
-    """The compiled step; arms that differ only in their data share it. `train`: {"train.<key>": value} as canonical JSON."""
+def _compile(
+    mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, steps: int, rows: int, tokens: int, voting: bool = False
+) -> Any:
+    """The compiled step; arms that differ only in their data share it.
+
+    Args:
+      train: {"train.<key>": value} as canonical JSON. voting: the batch carries the processes' votes to stop (`train.votes`).
+    """
     group = ConfigDict({name.removeprefix("train."): value for name, value in json.loads(train).items()})
     state = abstract_state(abstract_params(mc, mesh), make_optimizer(group), mesh)
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps)
+    if voting:
+        step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}
     with jax.set_mesh(mesh):
-        return make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps).lower(state, batch).compile()
+        return step.lower(state, batch).compile()
 
 
 def _memory(compiled: Any) -> str:
