@@ -34,13 +34,14 @@ TIMES = ("seconds", "tokens_per_second", "time")
 
 
 def child(folder: Path, name: str, at: int, delay: float, number: int) -> None:
-    """Train; `delay` seconds after step `at` was dispatched this process sends itself signal `number`."""
+    """Train; `delay` seconds after the first step from `at` on was dispatched this process sends itself signal `number`."""
+    timer = threading.Timer(delay, os.kill, (os.getpid(), number))
     inputs = {kind: open_artifact(folder / kind) for kind in ("student", "tokenize", "plan")}
 
     def on_step(step: int) -> None:
         time.sleep(0.004)  # a few steps pass between the kill's step and the kill
-        if step == at:
-            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+        if number and step >= at and timer.ident is None:
+            timer.start()
 
     with StopRequest().on_signals() as stop:
         try:

@@ -106,7 +106,7 @@ def finished(tmp_path_factory):
 def _config():
     """Scored by the base student, in chunks small enough to stop between them; augmented, so that a teacher is asked twice."""
     return tiny_config(
-        score__student="base", score__signals=("nll", "student_error"), score__chunk_rows=8, select__steps=({"name": "teacher_correct"},),
+        score__student="base", score__signals=("nll",), score__chunk_rows=8, select__steps=({"name": "teacher_correct"},),
         curriculum__kind="none", evaluate__base=False, evaluate__max_new_tokens=8, train__steps=4,
         augment__methods=("answer",), augment__answers=1,
     )  # fmt: skip
