@@ -85,7 +85,7 @@ def test_hosts_that_cannot_exchange_data(monkeypatch, capsys):
 
 
 def test_no_cluster_to_join(monkeypatch, capsys):
-    def initialize() -> None:
+    def initialize(**_) -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -128,7 +128,7 @@ class TrainCheckpoints:
                 raise
             step, self._writing = self._writing, None
             self._losses.pop(-1 if step is None else step, None)
-            if jax.process_index() == 0:  # make room
+            if jax.process_index() == 0:  # make room; what writes in flight put there again goes when the training is next opened
                 for left in self._path.glob(f"{step}.orbax-checkpoint-tmp*"):
                     with contextlib.suppress(OSError):
                         left.rmtree()
