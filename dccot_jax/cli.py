@@ -199,8 +199,12 @@ def _config() -> config_lib.ConfigDict:
 def _workdir() -> epath.Path:
     if not _FLAGS.workdir:
         raise UsageError("--workdir=DIR is needed")
-    remote = "://" in _FLAGS.workdir
-    return epath.Path(_FLAGS.workdir if remote else os.path.abspath(os.path.expanduser(_FLAGS.workdir)))
+    return _path(_FLAGS.workdir)
+
+
+def _path(text: str) -> epath.Path:
+    """A path of the user: on an object store (gs://…), else absolute."""
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def _join_processes() -> None:
@@ -273,7 +277,7 @@ def _eval(console: Console) -> int:
     config = _config()
     if not _FLAGS.checkpoint:
         raise UsageError("--checkpoint=DIR is needed: a train artifact or a Hugging Face directory")
-    checkpoint = Path(os.path.abspath(os.path.expanduser(_FLAGS.checkpoint)))
+    checkpoint = _path(_FLAGS.checkpoint)
     workdir = _workdir() if _FLAGS.workdir else epath.Path("runs").absolute() / f"eval-{checkpoint.name}"
     with _started(workdir, config.data_dir) as ctx, _locked(workdir, ctx):
         pipeline.evaluate_checkpoint(config, checkpoint, ctx)
@@ -288,7 +292,7 @@ def _export(console: Console) -> int:
     out = Path(_FLAGS.out).expanduser()
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"--out={out}: not empty; name another directory")
-    export_hf(Path(_FLAGS.checkpoint).expanduser(), out)
+    export_hf(_path(_FLAGS.checkpoint), out)
     console.print(f"wrote {out}")
     return 0
 

@@ -50,6 +50,14 @@ class Meter:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def forget_listings() -> None:
+    """Object stores: fsspec keeps listings of directories, in which other processes, and tensorstore in this one, write unseen."""
+    import fsspec
+
+    for scheme in ("gcs", "s3", "az"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
 @dataclasses.dataclass
 class Context:
     """Run-time surroundings of a stage. Nothing here may change a result.
@@ -69,6 +77,8 @@ class Context:
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
+        if "://" in str(self.workdir):
+            forget_listings()
         if self.process_index:
             self.console = Console(quiet=True)
 

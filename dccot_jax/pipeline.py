@@ -281,7 +281,7 @@ def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
     return config, runs
 
 
-def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, ctx: Context) -> list[ArmRun]:
+def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: Context) -> list[ArmRun]:
     """Evaluate a train artifact or a Hugging Face directory under a config's protocol; the workdir gets a report of it.
 
     Raises ConfigError if the path is neither, or the workdir holds a run already.
@@ -358,7 +358,7 @@ def _inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, Artifact]:
     found = {}
     for role, name in node.inputs.items():
         if name.startswith("path:"):
-            found[role] = open_artifact(Path(name[len("path:") :]).expanduser())
+            found[role] = open_artifact(epath.Path(name[len("path:") :]).expanduser())
         elif name in done:
             found[role] = done[name]
         else:

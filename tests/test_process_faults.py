@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
 DEVICES = 4  # of a run, however many processes share them
-STEPS = 300
+STEPS = 140
 CONFIG = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -87,7 +87,7 @@ class Run:
             assert all(process.poll() is None for process in self.processes), self.text()
             time.sleep(0.02)
 
-    def end(self, timeout: float = 300) -> list[int]:
+    def end(self, timeout: float = 1500) -> list[int]:
         return [process.wait(timeout) for process in self.processes]
 
     def text(self, index: int | None = None) -> str:
@@ -214,7 +214,7 @@ def test_every_stage_stops_on_both(tmp_path, stage):
         for index in (0, 1)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=1500) for process in started]
     finally:
         for process in started:
             process.kill()

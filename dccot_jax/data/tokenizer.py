@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -93,14 +93,18 @@ def embedded_tokenizer_dir(out_dir: epath.PathLike, *, max_positions: int = 1024
 
 
 def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local Hugging Face directory. Raises TokenizerError if it has no ``tokenizer.json``."""
-    path = Path(directory).expanduser()
+    """The tokenizer of a Hugging Face directory. Raises TokenizerError if it has no ``tokenizer.json``."""
+    path = epath.Path(directory).expanduser()
     if not (path / "tokenizer.json").exists():
         raise TokenizerError(f"{path}: no tokenizer.json there; a fast Hugging Face tokenizer is needed")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it prints that torch is missing
     from transformers import AutoTokenizer  # slow to import
 
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    if "://" not in str(path):
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    with tempfile.TemporaryDirectory() as local:  # transformers reads local files only
+        copy_tokenizer(path, local)
+        return AutoTokenizer.from_pretrained(local, local_files_only=True)
 
 
 def copy_tokenizer(source: epath.PathLike, target: epath.PathLike) -> None:

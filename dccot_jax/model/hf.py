@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -148,8 +148,8 @@ def save_hf(
         weight_map = {name: file for file, group in zip(files, groups) for name, _, _ in group}
         _write_json(out / INDEX, {"metadata": {"total_size": mc.num_params() * EXPORT_DTYPES[dtype].itemsize}, "weight_map": weight_map})
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
-        if tokenizer_dir is not None and (Path(tokenizer_dir) / name).exists():
-            shutil.copyfile(Path(tokenizer_dir) / name, out / name)
+        if tokenizer_dir is not None and (epath.Path(tokenizer_dir) / name).exists():
+            (out / name).write_bytes((epath.Path(tokenizer_dir) / name).read_bytes())
     _add_stops(out / GENERATION_CONFIG, mc, stop_ids)
     _write_json(out / "config.json", to_hf(mc, dtype))
 

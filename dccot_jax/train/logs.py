@@ -18,6 +18,7 @@ from dccot_jax.artifact import write_atomic
 
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+_REWRITE_SECONDS = 30.0
 _TOTALS = ("tokens", "trained_tokens", "skipped")  # reported as totals; the others as means
 _ORDER = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped")
 
@@ -76,6 +77,58 @@ class SmoothedLoss:
         return self.total / self.weight if self.weight > 0 else None
 
 
+class _Lines:
+    """A text file that grows. An object store knows no append: there it is written whole, now and then and at `flush`."""
+
+    def __init__(self, path: epath.Path, text: str):
+        self._path, self._text = path, text
+        write_atomic(path, text.encode())
+        self._file = None if "://" in str(path) else path.open("a")
+        self._last = time.monotonic()
+
+    def append(self, text: str) -> None:
+        if self._file is not None:
+            self._file.write(text)
+            self._file.flush()
+            return
+        self._text += text
+        if time.monotonic() - self._last >= _REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._file is None:
+            self._path.write_text(self._text)
+            self._last = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class _Events:
+    """How tensorboardX writes on an object store: a file in memory, stored whole at each of its flushes. Its own needs a client library."""
+
+    def open(self, path: str) -> _EventFile:
+        return _EventFile(path)
+
+    def directory_check(self, path: str) -> None:
+        """Object stores have no directories to make."""
+
+
+class _EventFile:
+    def __init__(self, path: str):
+        self._path, self._data = epath.Path(path), bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._data += data
+
+    def flush(self) -> None:
+        self._path.write_bytes(bytes(self._data))
+
+    close = flush
+
+
 class TrainLog:
     """Writes `train_log.jsonl` and TensorBoard events (process 0).
 
@@ -84,15 +137,15 @@ class TrainLog:
     """
 
     def __init__(self, folder: epath.PathLike, first_step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter, record_writer
 
-        self._path = epath.Path(folder) / LOG_FILE
         events = epath.Path(folder) / TENSORBOARD_DIR
         if events.exists():
             events.rmtree()
         lines = [line for line in read_log(folder) if line["step"] <= first_step]
-        write_atomic(self._path, "".join(_text(line) for line in lines).encode())
-        self._file = self._path.open("a")
+        self._lines = _Lines(epath.Path(folder) / LOG_FILE, "".join(_text(line) for line in lines))
+        if "://" in str(events):
+            record_writer.register_writer_factory(str(events).split("://")[0], _Events())
         self._board = SummaryWriter(str(events))
         for line in lines:
             self._scalars(line)
@@ -100,12 +153,15 @@ class TrainLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; fields whose value is None stay in the file and out of TensorBoard."""
         line = {**line, "time": round(time.time(), 3)}
-        self._file.write(_text(line))
-        self._file.flush()
+        self._lines.append(_text(line))
         self._scalars(line)
 
+    def flush(self) -> None:
+        """Everything written so far is stored; before a checkpoint, which counts on it."""
+        self._lines.flush()
+
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         self._board.close()
 
     def __enter__(self) -> TrainLog:

@@ -191,6 +191,8 @@ def run(
                 if due or stopping:
                     record = {"window": window.state(), "totals": dict(totals), "last_loss": last_loss}
                     record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
+                    if log is not None:
+                        log.flush()
                     saver.save(step, state, record, loss=smoothed.value())
                 if stopping:
                     raise Stopped(f"training saved after step {step} of {steps}", agreed=True)
