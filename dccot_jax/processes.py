@@ -21,7 +21,8 @@ from dccot_jax.stopping import LOST_PEER, STOPPED
 HEARTBEAT_SECONDS = 60  # silence after which a process counts as dead; JAX's own default is 100
 SHUTDOWN_SECONDS = 60  # how long a process that is done waits for the others
 _LINGER_SECONDS = 2.0  # process 0 holds the coordination service, whose end aborts the others; they may be failing by themselves
-_SIGNS = ("gloo", "nccl", "coordination service", "connection closed", "connection reset", "heartbeat", "unavailable", "deadline_exceeded")
+_SIGNS = ("gloo", "nccl", "coordination service", "heartbeat")
+_OWN_SIGNS = ("connection closed", "connection reset", "unavailable", "deadline_exceeded")  # storage and teachers use these words too
 _COMPANION = "import sys\nif not sys.stdin.buffer.read(): print(sys.argv[1], file=sys.stderr)"
 
 
@@ -64,7 +65,12 @@ def leave(code: int) -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error of a collective says that another process is gone, as far as its text tells."""
-    return joined() and any(sign in str(error).lower() for sign in _SIGNS)
+    if not joined() or isinstance(error, OSError):
+        return False
+    import jax
+
+    signs = (*_SIGNS, *_OWN_SIGNS) if isinstance(error, jax.errors.JaxRuntimeError) else _SIGNS
+    return any(sign in str(error).lower() for sign in signs)
 
 
 @contextlib.contextmanager

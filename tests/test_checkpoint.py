@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -197,6 +200,31 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, caplog):
     assert step == 1 and not lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]  # what was half written gave its room back
     _equal(restored, state)
+
+
+def test_a_checkpoint_is_written_behind_the_trainings_back(tmp_path, monkeypatch):
+    """`save` returns while the write cannot end, and what it writes is the state of that moment, whatever becomes of the arrays."""
+    on = mesh(1, 2, 1)
+    gate, waited = threading.Event(), []
+    rename = os.rename
+
+    def held(source, target, **kwargs):
+        if Path(target).name == "1":
+            waited.append(gate.wait(120))
+        rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "rename", held)
+    with jax.set_mesh(on), TrainCheckpoints(tmp_path, OWNER, keep=1, log=print) as saver:
+        state = _state(on)
+        expected = jax.device_get(state)
+        saver.save(1, state, {})
+        assert not (tmp_path / "1").exists()
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # as donation does
+        gate.set()
+    assert waited == [True]
+    (step, restored, _), _ = _restore(tmp_path, on)
+    assert step == 1
+    _equal(restored, expected)
 
 
 def test_nothing_to_restore(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -167,6 +168,20 @@ def test_sigkill_of_one_ends_the_other_with_a_clear_line(undisturbed, workdir, k
     lines = texts[1 - killed].strip().splitlines()
     assert "another process" in lines[-1] and "the same command on every process goes on" in lines[-1], texts[1 - killed]
     assert f"process {killed} of 0..1 was killed" in texts[killed].strip().splitlines()[-1]
+    assert _finish(workdir, 2) == undisturbed[2][1]
+
+
+@pytest.mark.parametrize("filled", [0, 1])
+def test_a_disk_full_for_one_process_ends_both_and_leaves_the_checkpoint_before(undisturbed, workdir, filled):
+    """A limit on the size of files stands in for the disk."""
+    with Run(workdir, 2) as run:
+        run.reach(50)
+        resource.prlimit(run.processes[filled].pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        codes = run.end(timeout=180)
+        texts = [run.text(index) for index in (0, 1)]
+    assert codes[filled] == 2 and codes[1 - filled] in (LOST_PEER, -signal.SIGABRT), texts
+    assert "checkpoint 80 could not be written (File too large); checkpoint 40 is whole. Make room" in texts[filled], texts[filled]
+    assert 40 in _checkpoints(workdir)
     assert _finish(workdir, 2) == undisturbed[2][1]
 
 

@@ -178,6 +178,13 @@ def test_last_words_are_for_those_who_cannot_speak():
         assert _python(*start, ending).stderr == ""
 
 
-def test_only_errors_of_joined_processes_are_lost_peers():
-    assert not processes.is_lost_peer(ValueError("Gloo AllReduce failed: Connection closed by peer"))
-    assert not processes.joined()
+def test_only_errors_of_joined_processes_are_lost_peers(monkeypatch):
+    import jax
+
+    closed = ValueError("Gloo AllReduce failed: Connection closed by peer")
+    assert not processes.joined() and not processes.is_lost_peer(closed)
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    for error in (closed, jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")):
+        assert processes.is_lost_peer(error)
+    for error in (ValueError("UNAVAILABLE: storage"), ConnectionResetError("Connection reset"), ValueError("wrong")):
+        assert not processes.is_lost_peer(error)

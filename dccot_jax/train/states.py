@@ -115,8 +115,8 @@ class TrainCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        # After an unforeseen error the other processes may never come to the barriers of a write.
-        if kind is None or jax.process_count() == 1 or issubclass(kind, (Stopped, InputError)):
+        # After an error, such as this process's disk being full, the others may never come to the barriers of a write.
+        if kind is None or jax.process_count() == 1 or issubclass(kind, Stopped):
             self.close()
 
     @contextlib.contextmanager
