@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -97,10 +98,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    config = _config()
-    pipeline.run(config, Context(workdir), until="evaluate")
-    return workdir
+    """{last stage: a workdir} of runs that were left alone; made when asked for."""
+
+    @functools.cache
+    def make(until):
+        workdir = tmp_path_factory.mktemp(until)
+        pipeline.run(_config(), Context(workdir), until=until)
+        return workdir
+
+    return make
 
 
 def _config():
@@ -118,10 +124,14 @@ def _hashes(workdir):
     return {path.parent.name: json.loads(path.read_text())["logical_hash"] for path in (workdir / "artifacts").glob("*/manifest.json")}
 
 
-@pytest.mark.parametrize("stage", ["traces", "augment", "verify", "score", "evaluate"])
+SLOW = pytest.mark.slow  # models are compiled
+
+
+@pytest.mark.parametrize("stage", ["traces", "augment", "verify", pytest.param("score", marks=SLOW), pytest.param("evaluate", marks=SLOW)])
 def test_a_stage_ends_at_a_safe_point_and_goes_on_from_its_chunks(finished, tmp_path, monkeypatch, stage):
+    alone = finished("evaluate" if stage in ("score", "evaluate") else "verify")
     workdir = tmp_path / "w"
-    shutil.copytree(finished, workdir)
+    shutil.copytree(alone, workdir)
     (folder,) = (workdir / "artifacts").glob(f"{stage}-*")
     shutil.rmtree(folder)
     if stage in ("traces", "augment"):
@@ -151,7 +161,7 @@ def test_a_stage_ends_at_a_safe_point_and_goes_on_from_its_chunks(finished, tmp_
     assert max(made.values()) == 1, "a chunk or a call was repeated"
     if stage not in ("verify", "evaluate"):  # those have one chunk here
         assert stopped_after < sum(made.values())
-    assert _hashes(workdir) == _hashes(finished)
+    assert _hashes(workdir) == _hashes(alone)
 
 
 # --- ends that a process does not choose --------------------------------------------------------------------------------
