@@ -18,8 +18,8 @@ AUGMENT_METHODS = ("rephrase", "question", "answer", "reverse")
 CURRICULA = ("none", "staged", "competence", "anti", "random_growing")
 MIXES = ("none", "length", "teacher", "domain")
 MIX_MODES = ("pooled", "per_question")
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 TRAIN_FORMATS = ("cot", "no_cot")
 LOSS_MASKS = ("response", "full")
 LOSS_WEIGHTS = ("token", "sequence", "reverse")
@@ -133,11 +133,12 @@ def default_config() -> ConfigDict:
     c.train.microbatches = 1
     c.train.loss_mask = "response"
     c.train.loss_weight = "token"
-    c.train.optimizer = "adamw"  # adamw | muon: Muon for the layers' matrices, AdamW for the rest
+    c.train.optimizer = "adamw"  # adamw | adafactor | muon (for the layers' matrices; AdamW for the rest)
     c.train.learning_rate = 1e-3
-    c.train.schedule = "cosine"
+    c.train.schedule = "cosine"  # constant | linear | cosine | wsd (warm-up, stable, decay)
     c.train.warmup_steps = 20
     c.train.final_lr_share = 0.1
+    c.train.decay_share = 0.2  # wsd: share of the steps over which the rate falls
     c.train.momentum = 0.95  # muon
     c.train.b1 = 0.9
     c.train.b2 = 0.95
@@ -193,7 +194,7 @@ UNHASHED = frozenset(
 )
 
 # Keys that came later, with the value at which they change nothing: left out there, so that older runs keep their identities.
-ADDED_LATER = {"student.model.sliding_window": 0, "student.model.attn_softcap": 0.0, "student.model.final_softcap": 0.0}
+ADDED_LATER = {"student.model.sliding_window": 0, "student.model.attn_softcap": 0.0, "student.model.final_softcap": 0.0, "train.decay_share": 0.2}
 
 # What still has a meaning in a section whose kind is "none".
 SWITCHED_OFF = frozenset({"mix.kind", "mix.total_examples", "mix.total_tokens", "curriculum.kind"})

@@ -132,6 +132,9 @@ def test_schedules():
 
     assert rates(schedule="constant", warmup_steps=4) == pytest.approx([0.5, 1.0, 1.5] + [2.0] * 8)
     assert rates(schedule="linear", warmup_steps=0) == pytest.approx([2.0 * (1 - 0.9 * n / 10) for n in range(11)])
+    wsd = rates(schedule="wsd", warmup_steps=2, decay_share=0.4)  # the last four of ten steps fall
+    assert wsd == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0 * 0.775, 2.0 * 0.55, 2.0 * 0.325, 0.2])
+    assert rates(schedule="wsd", warmup_steps=8, decay_share=0.9)[7:] == pytest.approx([2.0, 2.0, 1.1, 0.2])  # never into the warm-up
     cosine = rates(schedule="cosine", warmup_steps=2)
     assert cosine[:3] == pytest.approx([1.0, 2.0, 2.0])
     assert cosine[6] == pytest.approx(2.0 * 0.55) and cosine[10] == pytest.approx(0.2)

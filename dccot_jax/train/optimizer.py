@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, decay to a floor, clipping by global norm, and no weight decay on norms, biases and embeddings."""
+"""AdamW, Adafactor or Muon with warm-up, decay to a floor, clipping by global norm, and no weight decay on norms, biases and embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dccot_jax.config import SCHEDULES, ConfigError
 from dccot_jax.model.sharding import WEIGHT_AXES
+from dccot_jax.train.adafactor import scale_by_adafactor
 from dccot_jax.train.muon import scale_by_muon
 
 
@@ -19,15 +21,17 @@ def make_schedule(train: Any, steps: int) -> Callable[[jax.Array], jax.Array]:
 
     Linear warm-up reaches ``learning_rate`` at step ``warmup_steps`` - 1 (the first step already learns); afterwards, with
     x running from 0 to 1 over the remaining steps and f = ``final_lr_share``:
-    constant 1; linear 1 - (1 - f)·x; cosine f + (1 - f)·(1 + cos πx)/2.
+    constant 1; linear 1 - (1 - f)·x; cosine f + (1 - f)·(1 + cos πx)/2; wsd (warm-up, stable, decay; arXiv 2404.06395) 1, then
+    linear to f over the last ``decay_share`` of all steps.
 
-    Raises ValueError on an unknown schedule name.
+    Raises ConfigError on an unknown schedule name.
     """
-    if train.schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"train.schedule {train.schedule!r} is not one of constant, linear, cosine")
+    if train.schedule not in SCHEDULES:
+        raise ConfigError(f"config.train.schedule: {train.schedule!r} is not one of {', '.join(SCHEDULES)}")
     warmup = train.warmup_steps
     remaining = max(steps - warmup, 1)
     floor = train.final_lr_share
+    decaying = max(min(round(train.decay_share * steps), remaining), 1)
 
     def schedule(step: jax.Array) -> jax.Array:
         n = step.astype(jnp.float32)
@@ -36,6 +40,8 @@ def make_schedule(train: Any, steps: int) -> Callable[[jax.Array], jax.Array]:
             share = jnp.ones_like(x)
         elif train.schedule == "linear":
             share = 1.0 - (1.0 - floor) * x
+        elif train.schedule == "wsd":
+            share = 1.0 - (1.0 - floor) * jnp.clip((n - (steps - decaying)) / decaying, 0.0, 1.0)
         else:
             share = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(math.pi * x))
         rising = jnp.minimum((n + 1.0) / warmup, 1.0) if warmup > 0 else 1.0
@@ -60,10 +66,12 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(train: Any) -> optax.GradientTransformation:
     """The optimizer up to the learning rate and the sign, which the step applies: update = -lr(n) · transform(gradient).
 
-    "adamw" for every parameter, or "muon" for the layers' matrices and AdamW for the rest. Decoupled weight decay
-    (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. The moments are float32 and have exactly the
-    parameters' shardings.
+    "adamw" or "adafactor" for every parameter, or "muon" for the layers' matrices and AdamW for the rest. Decoupled weight
+    decay (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. The moments are float32 and laid out as the
+    parameters.
     """
+    if train.optimizer == "adafactor":
+        return optax.chain(scale_by_adafactor(), optax.add_decayed_weights(train.weight_decay, mask=decay_mask))
     transform = optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.float32)
     if train.optimizer == "muon":
         parts: dict[Any, optax.GradientTransformation] = {"muon": scale_by_muon(train.momentum), "adamw": transform}
