@@ -21,8 +21,10 @@ _OPTIONAL = (
     "query_scalar",
     "attn_softcap",
     "final_softcap",
+    "lora",
 )
 _SCALINGS = ("linear", "llama3")
+ADAPTED = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # matrices that may have a low-rank adapter
 
 
 class ModelError(InputError):
@@ -38,6 +40,20 @@ class RopeScaling:
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_positions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, see `model/lora.py`. targets: the matrices that have one, by their names in the layers' tree."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class Rope(NamedTuple):
@@ -65,6 +81,7 @@ class ModelConfig:
       rope_local_theta: rotary base of the layers with a window; 0: the same as elsewhere.
       query_scalar: attention scores are divided by its square root; 0: head_dim.
       attn_softcap, final_softcap: attention scores and final logits z become cap * tanh(z / cap); 0: they stay.
+      lora: adapters beside the weights; None: there are none.
     """
 
     family: str
@@ -92,12 +109,15 @@ class ModelConfig:
     query_scalar: float = 0.0
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for name in ("eos_token_ids", "window_layers", "no_rope_layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if isinstance(self.lora, Mapping):
+            object.__setattr__(self, "lora", Lora(**{**self.lora, "targets": tuple(self.lora["targets"])}))
         if self.query_scalar == self.head_dim:  # said or not, it is one model
             object.__setattr__(self, "query_scalar", 0.0)
         problems = self._size_problems()
@@ -156,7 +176,7 @@ class ModelConfig:
             raise ModelError(f"model config: {error}") from None
 
     def num_params(self) -> int:
-        """Parameters, a tied head counted once."""
+        """Parameters, a tied head counted once, adapters left out."""
         d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
         qkv = (self.num_heads + 2 * self.num_kv_heads) * h
         norms = (4 if self.arch.post_norms else 2) * d + (2 * h if self.arch.qk_norm else 0)
@@ -181,6 +201,13 @@ class ModelConfig:
                 problems.append(f"{name} = {layers} must be ascending indices below num_layers = {self.num_layers}")
         if bool(self.sliding_window) != bool(self.window_layers):
             problems.append(f"sliding_window = {self.sliding_window} does not fit window_layers = {self.window_layers}")
+        lora = self.lora
+        if lora is not None:
+            unknown = sorted(set(lora.targets) - set(ADAPTED))
+            if unknown or not lora.targets:
+                problems.append(f"lora targets {', '.join(unknown) or '(none)'}: name some of {', '.join(ADAPTED)}")
+            if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
+                problems.append(f"{lora}: rank must be at least 1, alpha above 0, dropout in [0, 1)")
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind not in _SCALINGS:
             problems.append(f"rope_scaling = {scaling.kind!r} is not one of {', '.join(_SCALINGS)}")

@@ -17,6 +17,7 @@ from flax import nnx
 from dccot_jax.model.attention import attend, causal_segment_mask, rope_divisors, rope_tables, rotate, window_mask
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
+from dccot_jax.model.lora import DROPOUT, delta
 from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
 
 Params = dict[str, Any]
@@ -82,6 +83,7 @@ def forward(
     *,
     compute_dtype: Any = jnp.float32,
     remat: str = "nothing_saveable",
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states after the final norm.
 
@@ -89,6 +91,7 @@ def forward(
       tokens, segment_ids, positions: int32 [B, T]; segment ids 1-based with 0 for padding, positions restarted.
       compute_dtype: dtype of activations and products; norms, rotary angles and softmax are float32.
       remat: "nothing_saveable", "dots" (projections are kept) or "none".
+      dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
 
     Returns:
       [B, T, D] in the compute dtype; values at padding are meaningless and finite.
@@ -105,7 +108,10 @@ def forward(
         raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], layer_differences(mc)))
+    differs = layer_differences(mc)
+    if dropout_key is not None:
+        differs[DROPOUT] = jax.random.split(dropout_key, mc.num_layers)
+    x, _ = jax.lax.scan(layer, x, (params["layers"], differs))
     return rms_norm(x, params["final_norm"], mc)
 
 
@@ -134,6 +140,8 @@ def make_layer(
 
     def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         p, differs = own
+        if DROPOUT in differs:
+            p = {**p, DROPOUT: differs[DROPOUT]}
         seen = mask & window_mask(length, differs["window"]) if "window" in differs else mask
         cos, sin = tables or rope_tables(positions, differs["rope"])
         q, k, v = project_qkv(p, mc, x, cos, sin)
@@ -197,7 +205,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, mc: ModelConfig) -> jax.Array:
 
 def _project(p: Params, mc: ModelConfig, x: jax.Array, name: str) -> jax.Array:
     use = use_spec(mc, name)
-    return linear(x, p[name], use=use, out=None if use is None else activation_spec(x.shape[0], None, use[-1]))
+    y = linear(x, p[name], use=use, out=None if use is None else activation_spec(x.shape[0], None, use[-1]))
+    return y if mc.lora is None or name not in mc.lora.targets else y + delta(p, mc, name, x)
 
 
 def _biased(p: Params, name: str, y: jax.Array) -> jax.Array:

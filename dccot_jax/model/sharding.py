@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.config import ADAPTED, ModelConfig
 from dccot_jax.records import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -47,6 +47,12 @@ WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
     "b_up": ("tensor",),  # [F]
     "b_down": (None,),  # [D]
     "mlp_post_norm": (None,),  # [D]
+}
+# A low-rank adapter is laid out as the matrix it belongs to: A [D, r] as its rows, B [r, F] as its columns.
+WEIGHT_AXES = {
+    **WEIGHT_AXES,
+    **{f"{name}_a": (WEIGHT_AXES[name][0], None) for name in ADAPTED},
+    **{f"{name}_b": (None, WEIGHT_AXES[name][1]) for name in ADAPTED},
 }
 
 
@@ -110,6 +116,9 @@ def weight_shapes(mc: ModelConfig) -> dict[str, Any]:
         layers |= {"b_gate": (h, f), "b_up": (h, f), "b_down": (h, d)}
     if mc.arch.post_norms:
         layers |= {"attn_post_norm": (h, d), "mlp_post_norm": (h, d)}
+    for name in mc.lora.targets if mc.lora is not None else ():
+        _, rows, columns = layers[name]
+        layers |= {f"{name}_a": (h, rows, mc.lora.rank), f"{name}_b": (h, mc.lora.rank, columns)}
     shapes: dict[str, Any] = {"embed": (mc.vocab_size, d), "layers": layers, "final_norm": (d,)}
     if not mc.tie_embeddings:
         shapes["head"] = (d, mc.vocab_size)
@@ -176,7 +185,7 @@ def reshard(x: jax.Array, spec: P | None) -> jax.Array:
 
 
 def _weight_spec(mc: ModelConfig, name: str, shape: tuple[int, ...], axes: Mapping[str, int]) -> tuple[str | None, ...]:
-    heads = name in ("wq", "wk", "wv", "bq", "bk", "bv", "wo")
+    heads = name.removesuffix("_a").removesuffix("_b") in ("wq", "wk", "wv", "bq", "bk", "bv", "wo")
     spec = []
     for axis, size in zip(WEIGHT_AXES[name], shape, strict=True):
         parts = mc.num_kv_heads if heads and axis == "tensor" else size

@@ -35,7 +35,13 @@ BATCH_FIELDS = ("tokens", "labels", "segment_ids", "positions", "weights")
 
 
 def weighted_loss(
-    params: Any, mc: ModelConfig, batch: Mapping[str, jax.Array], *, compute_dtype: Any = jnp.float32, remat: str = "nothing_saveable"
+    params: Any,
+    mc: ModelConfig,
+    batch: Mapping[str, jax.Array],
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "nothing_saveable",
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ w·nll and Σ w of a packed batch.
 
@@ -45,11 +51,19 @@ def weighted_loss(
         ``segment_ids`` are 1-based, 0 is padding; ``positions`` restart at 0 in every segment.
       compute_dtype: dtype of activations; the head's logits and the loss are float32 in any case.
       remat: what the backward pass recomputes: ``nothing_saveable``, ``dots`` or ``none``.
+      dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
 
     Returns:
       (sum, weight), float32 scalars; the sum is in nats.
     """
     hidden = decoder.forward(
-        params, mc, batch["tokens"], batch["segment_ids"], batch["positions"], compute_dtype=compute_dtype, remat=remat
+        params,
+        mc,
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        compute_dtype=compute_dtype,
+        remat=remat,
+        dropout_key=dropout_key,
     )
     return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])

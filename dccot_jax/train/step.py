@@ -1,7 +1,8 @@
 """One optimizer step: (state, batch) -> (state, metrics), compiled once, with the state donated.
 
-The state is a plain dict ``{"params", "opt", "step"}``. Master parameters and moments are float32; activations use the
-compute dtype. All arrays live on an Explicit mesh, so gradients carry exactly the parameters' shardings.
+The state is a plain dict ``{"params", "opt", "step"}``, and ``"frozen"`` where only adapters are trained: then ``params`` are
+these, and the model is `lora.join` of both. Trained parameters and moments are float32; activations use the compute dtype. All
+arrays live on an Explicit mesh, so gradients carry exactly the parameters' shardings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jax import P
 
 from dccot_jax.config import ConfigError
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.lora import join
 from dccot_jax.model.sharding import BATCH
 from dccot_jax.train.losses import weighted_loss
 from dccot_jax.train.optimizer import clip_scale, make_optimizer, make_schedule
@@ -24,11 +26,11 @@ State = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, frozen: Any = None) -> State:
     """Shapes and shardings of a state, without memory: moments are laid out as their parameters, scalars are replicated.
 
     Args:
-      params: tree of arrays or ShapeDtypeStructs with shardings on `mesh`.
+      params: trained tree of arrays or ShapeDtypeStructs with shardings on `mesh`. frozen: the same of what is not trained.
     """
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda p: {"params": p, "opt": optimizer.init(p), "step": jnp.zeros((), jnp.int32)}, params)
@@ -37,10 +39,11 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: j
         spec = P() if leaf.sharding is None else leaf.sharding.spec
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-    return jax.tree.map(bind, shapes)
+    state = jax.tree.map(bind, shapes)
+    return state if frozen is None else {**state, "frozen": jax.tree.map(bind, jax.eval_shape(lambda tree: tree, frozen))}
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, frozen: Any = None) -> State:
     """State before step 0, each array made in its sharding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, optimizer, mesh))
 
@@ -49,7 +52,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.s
 
     with jax.set_mesh(mesh):
         made = jax.jit(rest, out_shardings={"opt": shardings["opt"], "step": shardings["step"]})(params)
-    return {"params": params, **made}
+    return {"params": params, **made} | ({} if frozen is None else {"frozen": frozen})
 
 
 def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:
@@ -67,38 +70,49 @@ def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, j
 
 
 def loss_and_grads(
-    params: Any, mc: ModelConfig, batch: Mapping[str, jax.Array], *, microbatches: int = 1, compute_dtype: Any = jnp.float32, remat: str
+    params: Any,
+    mc: ModelConfig,
+    batch: Mapping[str, jax.Array],
+    *,
+    microbatches: int = 1,
+    compute_dtype: Any = jnp.float32,
+    remat: str,
+    frozen: Any = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Σ w·nll, Σ w, and the gradient of Σ w·nll (not yet divided), over all micro-batches.
+    """Σ w·nll, Σ w, and the gradient of Σ w·nll with respect to `params` (not yet divided), over all micro-batches.
 
     Sums are accumulated, never means: micro-batches with different numbers of trained tokens count by their tokens.
     """
 
-    def loss_sum(p: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return weighted_loss(p, mc, rows, compute_dtype=compute_dtype, remat=remat)
+    def loss_sum(p: Any, rows: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return weighted_loss(join(p, frozen), mc, rows, compute_dtype=compute_dtype, remat=remat, dropout_key=key)
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
     if microbatches == 1:
-        (total, weight), grads = grad(params, batch)
+        (total, weight), grads = grad(params, batch, dropout_key)
         return total, weight, grads
 
-    def accumulate(carry: Any, rows: Mapping[str, jax.Array]) -> tuple[Any, None]:
-        (total, weight), grads = grad(params, rows)
+    def accumulate(carry: Any, part: tuple[Mapping[str, jax.Array], jax.Array | None]) -> tuple[Any, None]:
+        (total, weight), grads = grad(params, *part)
         return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
 
     zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(accumulate, (zero, zero, jax.tree.map(jnp.zeros_like, params)), split_rows(batch, microbatches))
+    keys = None if dropout_key is None else jax.random.split(dropout_key, microbatches)
+    parts = (split_rows(batch, microbatches), keys)
+    sums, _ = jax.lax.scan(accumulate, (zero, zero, jax.tree.map(jnp.zeros_like, params)), parts)
     return sums
 
 
 def make_train_step(
-    mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any, compute_dtype: Any, *, steps: int
+    mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any, compute_dtype: Any, *, steps: int, seed: int = 0
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """The jitted step. Call it (and lower it) under ``jax.set_mesh(mesh)``.
 
     Args:
       mc, mesh: model and mesh. train: the config's ``train`` group. compute_dtype: dtype of activations.
       steps: steps of the whole training; the learning-rate schedule ends there.
+      seed: of the adapters' dropout; what is dropped is a function of it and of the step number.
 
     Returns:
       A function of (state, batch) with `state` donated; batch arrays are [G, T], sharded over ("data", "fsdp").
@@ -119,9 +133,17 @@ def make_train_step(
     schedule = make_schedule(train, steps)
 
     def step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        params = state["params"]
+        params, frozen = state["params"], state.get("frozen")
+        drops = mc.lora is not None and mc.lora.dropout > 0
         total, weight, grads = loss_and_grads(
-            params, mc, batch, microbatches=train.microbatches, compute_dtype=compute_dtype, remat=train.remat
+            params,
+            mc,
+            batch,
+            microbatches=train.microbatches,
+            compute_dtype=compute_dtype,
+            remat=train.remat,
+            frozen=frozen,
+            dropout_key=jax.random.fold_in(jax.random.key(seed), state["step"]) if drops else None,
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
         norm = optax.global_norm(grads)
@@ -134,7 +156,7 @@ def make_train_step(
             "params": jax.tree.map(lambda a, b: jnp.where(learn, a, b), moved, params),
             "opt": jax.tree.map(lambda a, b: jnp.where(learn, a, b), opt, state["opt"]),
             "step": state["step"] + 1,
-        }
+        } | ({} if frozen is None else {"frozen": frozen})
         one = jnp.ones((), jnp.float32)
         metrics = {
             "loss": (jnp.where(learn, total, 0.0), jnp.where(learn, weight, 0.0)),
