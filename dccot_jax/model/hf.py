@@ -146,12 +146,12 @@ def save_hf(
         return
     if len(groups) > 1:
         weight_map = {name: file for file, group in zip(files, groups) for name, _, _ in group}
-        _write_json(out / INDEX, {"metadata": {"total_size": mc.num_params() * EXPORT_DTYPES[dtype].itemsize}, "weight_map": weight_map})
+        write_json(out / INDEX, {"metadata": {"total_size": mc.num_params() * EXPORT_DTYPES[dtype].itemsize}, "weight_map": weight_map})
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         if tokenizer_dir is not None and (epath.Path(tokenizer_dir) / name).exists():
             (out / name).write_bytes((epath.Path(tokenizer_dir) / name).read_bytes())
     _add_stops(out / GENERATION_CONFIG, mc, stop_ids)
-    _write_json(out / "config.json", to_hf(mc, dtype))
+    write_json(out / "config.json", to_hf(mc, dtype))
 
 
 def _add_stops(path: Path, mc: ModelConfig, stop_ids: Sequence[int]) -> None:
@@ -161,7 +161,7 @@ def _add_stops(path: Path, mc: ModelConfig, stop_ids: Sequence[int]) -> None:
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     stops = list(dict.fromkeys((*listed, *mc.eos_token_ids, *stop_ids)))
     if stops != listed:
-        _write_json(path, {**fields, "eos_token_id": stops[0] if len(stops) == 1 else stops})
+        write_json(path, {**fields, "eos_token_id": stops[0] if len(stops) == 1 else stops})
 
 
 def _layer_name(mc: ModelConfig, layer: int, name: str) -> str:
@@ -245,12 +245,12 @@ def _export_groups(mc: ModelConfig, itemsize: int, limit: int) -> list[list[tupl
 def _export_tensors(params: Params, group: list[tuple[str, tuple[int, ...], tuple[str, int | None]]], dtype: np.dtype) -> Iterator[Any]:
     for hf_name, _, (name, layer) in group:
         leaf = params[name] if layer is None else params["layers"][name]
-        array = _on_host(leaf, layer).astype(dtype)
+        array = on_host(leaf, layer).astype(dtype)
         transposed = TOP[name][1] if layer is None else _transposed(name)
         yield hf_name, array.T if transposed else array
 
 
-def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
+def on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
     """One tensor, gathered to every process: leaf, or leaf[layer]."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf) if layer is None else _pick_local(leaf, layer)
@@ -282,7 +282,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: not JSON ({error})") from None
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(beside, path)
