@@ -216,6 +216,12 @@ ADDED_LATER = {
     "student.model.attn_softcap": 0.0,
     "student.model.final_softcap": 0.0,
     "train.decay_share": 0.2,
+    "train.lora.preset": "",
+    "train.lora.rank": 0,
+    "train.lora.alpha": 0.0,
+    "train.lora.dropout": 0.0,
+    "train.lora.targets": [],
+    "train.lora.frozen_dtype": "float32",
 }
 
 # What still has a meaning in a section whose kind is "none".
@@ -238,6 +244,7 @@ def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
     without those of `ADDED_LATER` that are off.
 
     A section that is switched off (its ``kind`` is "none") counts with what still works in it (`SWITCHED_OFF`) alone.
+    Adapters are drawn by the run's seed: where ``train`` asks for them, ``seed`` counts too.
     """
     found: dict[str, Any] = {}
     for key in keys:
@@ -247,6 +254,8 @@ def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
             later = name in ADDED_LATER and item == ADDED_LATER[name]
             if not (_unhashed(name) or later or (off and name not in SWITCHED_OFF)):
                 found[name] = item
+    if "train" in keys and lora_settings(config.train) is not None:
+        found["seed"] = config.seed
     return found
 
 

@@ -32,7 +32,7 @@ def _worker(folder: Path, index: int, port: int) -> None:
     from jax.experimental import multihost_utils
 
     from dccot_jax.artifact import ArtifactWriter, open_artifact
-    from dccot_jax.config import config_slice
+    from dccot_jax.config import to_plain
     from dccot_jax.context import Context
     from dccot_jax.data.loader import PlanSource
     from dccot_jax.model.sharding import make_mesh
@@ -53,9 +53,8 @@ def _worker(folder: Path, index: int, port: int) -> None:
     rows = local_rows(on, cfg.train.rows_per_step)
     source = PlanSource.from_artifacts(inputs["plan"], inputs["tokenize"], rows=rows)
     batch = to_global(source[0], on, rows, cfg.train.rows_per_step)
-    step = loop._compile(
-        TINY, on, canonical_json(config_slice(cfg, ("train",))), "float32", 4, cfg.train.rows_per_step, cfg.train.row_tokens, voting=True
-    )
+    sizes = (4, cfg.train.rows_per_step, cfg.train.row_tokens)
+    step = loop._compile(TINY, on, canonical_json(to_plain(cfg.train)), "float32", sizes, 0, True)
     with jax.set_mesh(on):
         state = init_state(params_on(TINY, on), make_optimizer(cfg.train), on)
         held = {

@@ -17,7 +17,7 @@ from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource
 from dccot_jax.stopping import Stopped, StopRequest
-from dccot_jax.train.checkpoint import CheckpointError, load_student, restore_params
+from dccot_jax.train.checkpoint import CheckpointError, abstract_params, load_student, restore_params
 from dccot_jax.train.logs import TrainLog, Window, read_log
 from dccot_jax.train.loop import run
 from dccot_jax.train.losses import weighted_loss
@@ -75,7 +75,7 @@ def test_the_logical_hash_names_the_parameters(undisturbed, inputs):
     from dccot_jax.train.loop import _logical_hash
 
     out, result = undisturbed
-    params = jax.device_get(restore_params(out / "final", TINY, mesh(1, 2, 1)))
+    params = jax.device_get(restore_params(out / "final", abstract_params(TINY, mesh(1, 2, 1))))
     assert result.logical_hash == _logical_hash(tree_hash(params), inputs["student"], inputs["plan"].json("plan"))
 
 

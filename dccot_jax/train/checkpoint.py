@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, open_artifact
+from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, copy_tree, open_artifact
 from dccot_jax.data.template import stop_ids
 from dccot_jax.data.tokenizer import load_tokenizer
-from dccot_jax.model import decoder, hf
-from dccot_jax.model.config import ModelConfig
+from dccot_jax.model import decoder, hf, lora
+from dccot_jax.model.config import Lora, ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
 
 FINAL = "final"  # directory of the trained parameters in a train artifact
+ADAPTER = "adapter"  # PEFT directory in the artifact of a training of adapters
 STATE = "state"  # directory of the training state in a checkpoint
 
 
@@ -81,13 +82,11 @@ def load_student(source: Artifact | epath.PathLike, mesh: jax.sharding.Mesh, *, 
     record = found.json("student")
     mc, weights, about = ModelConfig.from_dict(record["model"]), record["weights"], record["tokenizer"]
     if inside:
-        params = restore_params(kept, mc, mesh, param_dtype, inside="params")
+        params = _checkpointed(kept, found, mc, mesh, param_dtype)
     elif found.kind.split(":")[0] == "train":
-        params = restore_params(found.file(FINAL), mc, mesh, param_dtype)
-    elif weights["kind"] == "random":
-        params = _cast(random_params(mc, mesh, int(weights["seed"])), mesh, param_dtype)
+        params = restore_params(found.file(FINAL), abstract_params(mc, mesh, param_dtype))
     else:
-        _, params = hf.load_hf(weights["path"], mesh, dtype=param_dtype)
+        params = _untrained(weights, mc, mesh, param_dtype)
     return Student(mc, params, found.file("tokenizer"), about["eos_id"], tuple(about["stop_ids"]), about["pad_id"], where)
 
 
@@ -107,11 +106,37 @@ def resolve_checkpoint(path: epath.PathLike) -> Artifact | epath.Path:
     raise CheckpointError(f"{folder}: neither an artifact ({MANIFEST}) nor a Hugging Face directory (config.json)")
 
 
+def _untrained(weights: Mapping[str, Any], mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """The parameters that a student record names."""
+    if weights["kind"] == "random":
+        return _cast(random_params(mc, mesh, int(weights["seed"])), mesh, dtype)
+    return hf.load_hf(weights["path"], mesh, dtype=dtype)[1]
+
+
+def _checkpointed(path: epath.Path, training: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """Parameters of a checkpoint that a finished training left; adapters merged into the weights they were trained on."""
+    settings = training.json("final").get("lora")
+    if settings is None:
+        return restore_params(path, abstract_params(mc, mesh, dtype), inside="params")
+    adapted = dataclasses.replace(mc, lora=Lora(**settings))
+    adapters = restore_params(path, lora.split(adapted, abstract_params(adapted, mesh))[0], inside="params")
+    base = _untrained(training.json("student")["weights"], mc, mesh, jnp.float32)
+    with jax.set_mesh(mesh):
+        merged = jax.jit(lambda params, frozen: lora.merge(lora.join(params, frozen), adapted)[0])(adapters, base)
+    return _cast(merged, mesh, dtype)
+
+
 def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]) -> None:
-    """Write a student in the Hugging Face layout (configs, safetensors, tokenizer); loads in ``transformers``, stops as it does here."""
+    """Write a student in the Hugging Face layout (configs, safetensors, tokenizer); loads in ``transformers``, stops as it does here.
+
+    A training of adapters is written merged, and its adapters beside it in ``adapter/``, a PEFT directory.
+    """
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     student = load_student(source, mesh)
     hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir, stop_ids=student.stop_ids)
+    adapter = student.tokenizer_dir.parent / ADAPTER
+    if adapter.exists() and jax.process_index() == 0:
+        copy_tree(adapter, epath.Path(out_dir) / ADAPTER)
 
 
 def random_params(mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
@@ -159,15 +184,14 @@ def save_params(path: epath.PathLike, params: Any) -> None:
         ) from error
 
 
-def restore_params(path: epath.PathLike, mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32, *, inside: str = "") -> Any:
-    """Read parameters into the target shardings of `mesh`; each process reads only its shards.
+def restore_params(path: epath.PathLike, target: Any, *, inside: str = "") -> Any:
+    """Read parameters into the shapes and shardings of `target` (`abstract_params`); each process reads only its shards.
 
     Args:
       inside: their key in a larger tree, of which nothing else is read.
 
     Raises ArtifactError if they do not read, or do not have the model's shapes.
     """
-    target = abstract_params(mc, mesh, dtype)
     try:
         if inside:
             whole = {inside: target}

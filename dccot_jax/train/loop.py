@@ -5,8 +5,9 @@ Where the state comes from, first match wins:
   2. the newest whole checkpoint of the same plan, student and config;
   3. the student's own weights (pretrained, or random by its seed).
 
-Files: ``final/`` (parameters), ``final.json``, ``student.json`` and ``tokenizer/`` (copied, so that the artifact stands alone),
-``train_log.jsonl``, ``tensorboard/``; ``checkpoints/`` while it runs.
+Files: ``final/`` (parameters; adapters are merged into them), ``adapter/`` (PEFT, where adapters were trained), ``final.json``,
+``student.json`` and ``tokenizer/`` (copied, so that the artifact stands alone), ``train_log.jsonl``, ``tensorboard/``;
+``checkpoints/`` while it runs.
 
 At most two steps are in flight: the metrics of step n-1 are read after step n was dispatched. That hides the host's work,
 bounds the memory of queued batches, and is what keeps many fake CPU devices from dead-locking. In float32 on one mesh the
@@ -18,8 +19,10 @@ Asked to stop (SIGTERM, Ctrl-C, on any process), all processes save after the sa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,13 +41,8 @@ from dccot_jax.model.sharding import make_mesh
 from dccot_jax.processes import Watchdog
 from dccot_jax.records import canonical_json, content_hash
 from dccot_jax.stopping import Stopped
-from dccot_jax.train.checkpoint import (
-    FINAL,
-    CheckpointError,
-    abstract_params,
-    load_student,
-    save_params,
-)
+from dccot_jax.train import adapters
+from dccot_jax.train.checkpoint import FINAL, CheckpointError, save_params
 from dccot_jax.train.digest import params_hash
 from dccot_jax.train.feed import batch_sharding, local_rows, to_global
 from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
@@ -52,7 +50,7 @@ from dccot_jax.train.losses import BATCH_FIELDS
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.skips import Skips, Unit, only
 from dccot_jax.train.states import TrainCheckpoints, remove_all_but_best
-from dccot_jax.train.step import abstract_state, init_state, make_train_step
+from dccot_jax.train.step import abstract_state, init_state, make_train_step, with_frozen
 from dccot_jax.train.votes import VOTE, cast_vote, counting, vote_shape
 
 CHECKPOINTS = "checkpoints"
@@ -83,7 +81,8 @@ def run(
     plan, student = inputs["plan"], inputs["student"]
     about = plan.json("plan")
     steps, rows_per_step, row_tokens = about["steps"], about["rows_per_step"], about["row_tokens"]
-    mc = ModelConfig.from_dict(student.json("student")["model"])
+    base = ModelConfig.from_dict(student.json("student")["model"])
+    mc = adapters.trained_model(base, cfg.train)
     owner = {
         "plan": about["hash"],
         "student": student.logical_hash,
@@ -102,12 +101,15 @@ def run(
     keep, keep_best = cfg.train.keep_checkpoints, cfg.train.keep_best
     checkpoints = TrainCheckpoints(out.file(CHECKPOINTS), owner, keep=keep, keep_best=keep_best, log=ctx.log)
     with jax.set_mesh(mesh), checkpoints as saver:
-        found = saver.restore(abstract_state(abstract_params(mc, mesh), optimizer, mesh))
+        trained, _ = adapters.abstract_trained(mc, mesh, cfg.train)
+        found = saver.restore(abstract_state(trained, optimizer, mesh))
+        frozen = adapters.load_frozen(student, mc, mesh, cfg.train)
         if found is None:
             first, record = 0, {}
-            state = init_state(load_student(student, mesh).params, optimizer, mesh)
+            state = init_state(adapters.fresh(student, mc, mesh, cfg.seed), optimizer, mesh, frozen)
         else:
             first, state, record = found
+            state = with_frozen(state, frozen)
             ctx.log(f"  resuming after step {first} of {steps}")
 
         # --- data: every process builds its own rows -------------------------------------------------------------------
@@ -123,8 +125,8 @@ def run(
 
         # --- compile ---------------------------------------------------------------------------------------------------
         started = time.monotonic()
-        train = canonical_json(config_slice(cfg, ("train",)))
-        train_step = _compile(mc, mesh, train, cfg.compute_dtype, steps, rows_per_step, row_tokens, voting)
+        sizes, drop_seed = (steps, rows_per_step, row_tokens), adapters.dropout_seed(cfg.seed)
+        train_step = _compile(mc, mesh, canonical_json(to_plain(cfg.train)), cfg.compute_dtype, sizes, drop_seed, voting)
         ctx.log(
             f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
             f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
@@ -193,18 +195,21 @@ def run(
                     record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
                     if log is not None:
                         log.flush()
-                    saver.save(step, state, record, loss=smoothed.value())
+                    saver.save(step, with_frozen(state, None), record, loss=smoothed.value())
                 if stopping:
                     raise Stopped(f"training saved after step {step} of {steps}", agreed=True)
 
         # --- finish: parameters, then final.json, then the checkpoints go ----------------------------------------------
         saver.close()
-        save_params(out.file(FINAL), state["params"])
+        whole = adapters.whole(state, mc)
+        save_params(out.file(FINAL), whole)
         final = {
             "owner": owner,
-            "logical_hash": _logical_hash(params_hash(state["params"], mesh), student, about),
+            "logical_hash": _logical_hash(params_hash(whole, mesh), student, about),
             "steps": steps,
-            "parameters": mc.num_params(),
+            "parameters": base.num_params(),
+            "trained_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"])),
+            "lora": None if mc.lora is None else dataclasses.asdict(mc.lora),
             "loss": last_loss,
             "tokens": int(totals["tokens"]),
             "trained_tokens": int(totals["trained_tokens"]),
@@ -213,6 +218,8 @@ def run(
             "seconds": round(totals["seconds"], 3),
             "sequences": about["sequences"]["seen"],
         }
+    if mc.lora is not None:
+        adapters.save_adapter(out, state["params"], mc, student.json("student")["weights"].get("path", ""))
     if ctx.is_main:
         copy_tree(student.file("tokenizer"), out.file("tokenizer"))
         out.write_bytes("student.json", student.file("student.json").read_bytes())
@@ -276,19 +283,21 @@ def _epochs(plan: Artifact, about: Mapping[str, Any]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _compile(
-    mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, steps: int, rows: int, tokens: int, voting: bool = False
+    mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, sizes: tuple[int, int, int], seed: int, voting: bool
 ) -> Any:
     """The compiled step; arms that differ only in their data share it.
 
     Args:
-      train: {"train.<key>": value} as canonical JSON. voting: the batch carries the processes' votes to stop (`train.votes`).
+      train: the config's ``train`` group as JSON. sizes: steps, rows per step, tokens per row. seed: of the adapters' dropout.
+      voting: the batch carries the processes' votes to stop (`train.votes`).
     """
-    group = ConfigDict({name.removeprefix("train."): value for name, value in json.loads(train).items()})
-    state = abstract_state(abstract_params(mc, mesh), make_optimizer(group), mesh)
+    group, (steps, rows, tokens) = ConfigDict(json.loads(train)), sizes
+    trained, frozen = adapters.abstract_trained(mc, mesh, group)
+    state = abstract_state(trained, make_optimizer(group), mesh, frozen)
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps)
+    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed)
     if voting:
         step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}
     with jax.set_mesh(mesh):

@@ -40,7 +40,7 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: j
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     state = jax.tree.map(bind, shapes)
-    return state if frozen is None else {**state, "frozen": jax.tree.map(bind, jax.eval_shape(lambda tree: tree, frozen))}
+    return with_frozen(state, None if frozen is None else jax.tree.map(bind, jax.eval_shape(lambda tree: tree, frozen)))
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, frozen: Any = None) -> State:
@@ -52,7 +52,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.s
 
     with jax.set_mesh(mesh):
         made = jax.jit(rest, out_shardings={"opt": shardings["opt"], "step": shardings["step"]})(params)
-    return {"params": params, **made} | ({} if frozen is None else {"frozen": frozen})
+    return with_frozen({"params": params, **made}, frozen)
+
+
+def with_frozen(state: State, frozen: Any) -> State:
+    """`state` with these frozen weights; without any where `frozen` is None."""
+    rest = {name: value for name, value in state.items() if name != "frozen"}
+    return rest if frozen is None else {**rest, "frozen": frozen}
 
 
 def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:
@@ -156,7 +162,7 @@ def make_train_step(
             "params": jax.tree.map(lambda a, b: jnp.where(learn, a, b), moved, params),
             "opt": jax.tree.map(lambda a, b: jnp.where(learn, a, b), opt, state["opt"]),
             "step": state["step"] + 1,
-        } | ({} if frozen is None else {"frozen": frozen})
+        }
         one = jnp.ones((), jnp.float32)
         metrics = {
             "loss": (jnp.where(learn, total, 0.0), jnp.where(learn, weight, 0.0)),
@@ -166,6 +172,6 @@ def make_train_step(
             "trained_tokens": (jnp.sum(batch["weights"] > 0).astype(jnp.float32), one),
             "skipped": ((~learn).astype(jnp.float32), one),
         }
-        return new, metrics
+        return with_frozen(new, frozen), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,69 @@
+"""What a training moves: all weights, or adapters beside weights that stay (``train.lora``)."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dccot_jax.artifact import Artifact, ArtifactWriter, copy_tree
+from dccot_jax.config import lora_settings
+from dccot_jax.model import lora
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.peft import save_peft
+from dccot_jax.records import derive_seed
+from dccot_jax.train.checkpoint import ADAPTER, abstract_params, load_student
+
+
+def trained_model(mc: ModelConfig, train: Any) -> ModelConfig:
+    """`mc` with the adapters that the config's ``train`` group asks for. Raises ModelError."""
+    settings = lora_settings(train)
+    return mc if settings is None else lora.with_adapters(mc, **settings)
+
+
+def abstract_trained(mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> tuple[Any, Any]:
+    """Shapes and shardings of (what is trained, what is frozen or None)."""
+    if mc.lora is None:
+        return abstract_params(mc, mesh), None
+    adapters, frozen = lora.split(mc, abstract_params(mc, mesh))
+    dtype = jnp.dtype(train.lora.frozen_dtype)
+    return adapters, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen)
+
+
+def load_frozen(student: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> Any:
+    """The student's own weights where only adapters are trained, else None."""
+    return None if mc.lora is None else load_student(student, mesh, param_dtype=jnp.dtype(train.lora.frozen_dtype)).params
+
+
+def fresh(student: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    """What is trained, before step 0: adapters by the run's seed, or the student's own weights. Needs `mesh` in use."""
+    if mc.lora is None:
+        return load_student(student, mesh).params
+    return jax.jit(functools.partial(lora.init_adapters, mc))(jax.random.key(_seed(seed, "adapters")))
+
+
+def dropout_seed(seed: int) -> int:
+    return _seed(seed, "dropout")
+
+
+def _seed(root: int, name: str) -> int:
+    return derive_seed(root, name) % (1 << 31)
+
+
+def whole(state: Any, mc: ModelConfig) -> Any:
+    """The trained model's float32 parameters without adapters, merged on the mesh where they lie."""
+    if mc.lora is None:
+        return state["params"]
+    return jax.jit(lambda params, frozen: lora.merge(lora.join(params, frozen), mc)[0])(state["params"], state["frozen"])
+
+
+def save_adapter(out: ArtifactWriter, params: Any, mc: ModelConfig, base: str) -> None:
+    """Write the adapters as a PEFT directory into a train artifact. All processes call it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft(params, mc, base, folder)
+        if jax.process_index() == 0:
+            copy_tree(epath.Path(folder), out.file(ADAPTER))

@@ -1,0 +1,84 @@
+"""A training of adapters as a whole: what it leaves, a kill, an intermediate checkpoint, the export."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_cases import TINY, finished, mesh, run_config, write_training
+
+from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.context import Context
+from dccot_jax.model.safetensors_io import TensorReader
+from dccot_jax.train.checkpoint import load_student
+from dccot_jax.train.loop import run
+
+
+class Killed(Exception):
+    """Stands in for a kill between two steps."""
+
+
+def _config(**train):
+    cfg = run_config(keep_checkpoints=-1, **train)
+    cfg.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    cfg.train.lora.update({"rank": 2, "alpha": 8.0, "dropout": 0.25, "targets": ("q_proj", "down_proj"), "frozen_dtype": "bfloat16"})
+    return cfg
+
+
+def _train(inputs, out, *, kill=0, **train):
+    def on_step(step):
+        if step == kill:
+            raise Killed
+
+    return run(_config(**train), inputs, ArtifactWriter(out), Context(out.parent), devices=jax.devices()[:2], on_step=on_step)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_training(tmp_path_factory.mktemp("inputs"), TINY, _config())
+
+
+def _read(folder, name, part):
+    module = {"wq": "self_attn.q_proj", "w_down": "mlp.down_proj"}[name]
+    reader = TensorReader(folder)
+    leaves = [f"base_model.model.model.layers.{i}.{module}.lora_{part}.weight" for i in range(TINY.num_layers)]
+    return np.stack([reader.read(leaf, (slice(None), slice(None))).T for leaf in leaves]).astype(np.float64)
+
+
+def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_path):
+    out = tmp_path / "train"
+    result = _train(inputs, out)
+    final = json.loads((out / "final.json").read_text())
+    assert final["lora"]["targets"] == ["wq", "w_down"] and final["parameters"] == TINY.num_params()
+    d, f, n = TINY.hidden_size, TINY.intermediate_size, TINY.num_heads * TINY.head_dim
+    assert final["trained_parameters"] == TINY.num_layers * 2 * ((d + n) + (f + d))
+    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+
+    # final/ = bfloat16 weights + 8/2 · A·B of the PEFT directory; everything else is the student's own.
+    one = mesh(1, 1, 1)
+    base = jax.device_get(load_student(inputs["student"], one, param_dtype="bfloat16").params)
+    artifact = finished(out, "train", result.logical_hash)
+    whole = jax.device_get(load_student(artifact, one).params)
+    (out / "adapter" / "adapter_model.safetensors").rename(tmp_path / "model.safetensors")
+    for name, leaf in whole["layers"].items():
+        expected = np.asarray(base["layers"][name], np.float64)
+        if name in ("wq", "w_down"):
+            moved = 4.0 * _read(tmp_path, name, "A") @ _read(tmp_path, name, "B")
+            assert np.abs(moved).max() > 1e-3
+            expected = expected + moved
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(whole["embed"], np.asarray(base["embed"], np.float32))
+
+    # A checkpoint holds adapters alone and opens as the student it would have become.
+    kept = out / "checkpoints" / "8"
+    early = jax.device_get(load_student(kept, one).params)
+    assert np.abs(early["layers"]["wq"] - whole["layers"]["wq"]).max() > 1e-5
+    np.testing.assert_array_equal(early["layers"]["wk"], jax.device_get(load_student(inputs["student"], one).params)["layers"]["wk"])
+
+    # Killed between two checkpoints: bit for bit the same end, dropout included.
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "again", kill=6)
+    assert _train(inputs, tmp_path / "again").logical_hash == result.logical_hash
