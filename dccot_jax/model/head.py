@@ -60,7 +60,7 @@ def token_stats(
     def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
         return carry, _stats(logits(params, mc, chunk[0]), chunk[1], want)
 
-    _, stats = _scan(mc, body, None, hidden, (labels,), chunk)
+    _, stats = scan_chunks(mc, body, None, hidden, (labels,), chunk)
     batch, length = labels.shape
     return {name: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for name, x in stats.items()}
 
@@ -86,7 +86,7 @@ def weighted_nll(
         return total - jnp.sum(jnp.where(w != 0, logp * w, 0.0)), None
 
     weights = weights.astype(jnp.float32)
-    total, _ = _scan(mc, body, jnp.zeros((), jnp.float32), hidden, (labels, weights), chunk)
+    total, _ = scan_chunks(mc, body, jnp.zeros((), jnp.float32), hidden, (labels, weights), chunk)
     return total, jnp.sum(weights)
 
 
@@ -125,7 +125,7 @@ def _is_label(z: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
 
 
-def _scan(
+def scan_chunks(
     mc: ModelConfig, body: Callable[..., Any], carry: Any, hidden: jax.Array, arrays: Sequence[jax.Array], chunk: int | None
 ) -> tuple[Any, Any]:
     """Scan `body` over chunks [n, B, C, ...] of arrays [B, T, ...], zero-padded to whole chunks."""

@@ -1,0 +1,118 @@
+"""How far a student's next-token distributions are from a teacher's, chunked over positions like the cross-entropy.
+
+With p the teacher's and q the student's distribution at one position, both softmax(z / τ), the generalised Jensen-Shannon
+divergence (arXiv 2306.13649, Eq. 1; TRL's `generalized_jsd_loss`) is
+
+    D(β) = β · KL(p ‖ m) + (1 - β) · KL(q ‖ m),  m = β·p + (1 - β)·q,
+
+and at its ends, by definition, D(0) = KL(p ‖ q), the forward, and D(1) = KL(q ‖ p), the reverse divergence. Nats; not
+multiplied by τ².
+
+Where only the teacher's k largest log-probabilities are stored, both distributions are reduced to k + 1 outcomes: these k
+tokens and "any other". Nothing is renormalised, every D(β) stays finite, and none exceeds the one over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dccot_jax.model import head
+from dccot_jax.model.config import ModelConfig, ModelError
+from dccot_jax.model.sharding import activation_spec, reshard
+
+_TINY = 1e-30  # of a probability, so that its logarithm is finite
+
+
+def divergence(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
+    """D(β) [...] of teacher and student log-probabilities [..., V]."""
+    if beta == 0.0:
+        return _kl(log_p, log_q)
+    if beta == 1.0:
+        return _kl(log_q, log_p)
+    log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
+
+
+def weighted_divergence(
+    params: Any,
+    mc: ModelConfig,
+    hidden: jax.Array,
+    teacher: Any,
+    teacher_mc: ModelConfig,
+    teacher_hidden: jax.Array,
+    weights: jax.Array,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(Σ w·D(β), Σ w), float32 scalars over the whole batch; no gradient reaches the teacher.
+
+    Args:
+      hidden: [B, T, D] of the student. teacher_hidden: [B, T, D'] of the teacher, at the same tokens.
+      weights: float [B, T], 0 where nothing is predicted. chunk: positions per chunk; None picks one by size.
+
+    Raises ModelError if the two vocabularies differ in size.
+    """
+    check_vocabularies(mc, teacher_mc)
+
+    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        own, theirs, w = part
+        log_q = jax.nn.log_softmax(head.logits(params, mc, own) / temperature)
+        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(head.logits(teacher, teacher_mc, theirs) / temperature))
+        return total + jnp.sum(jnp.where(w != 0, divergence(log_p, log_q, beta) * w, 0.0)), None
+
+    weights = weights.astype(jnp.float32)
+    zero = jnp.zeros((), jnp.float32)
+    total, _ = head.scan_chunks(mc, body, zero, hidden, (jax.lax.stop_gradient(teacher_hidden), weights), chunk)
+    return total, jnp.sum(weights)
+
+
+def weighted_topk_divergence(
+    params: Any,
+    mc: ModelConfig,
+    hidden: jax.Array,
+    ids: jax.Array,
+    logp: jax.Array,
+    weights: jax.Array,
+    *,
+    beta: float,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(Σ w·D(β), Σ w) over k + 1 outcomes, with the teacher's k largest log-probabilities at temperature 1.
+
+    Args:
+      hidden: [B, T, D]. ids: int [B, T, k], different tokens. logp: float [B, T, k], their log-probabilities under the teacher.
+      weights: float [B, T], 0 where nothing is predicted. chunk: positions per chunk; None picks one by size.
+    """
+
+    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        own, i, theirs, w = part
+        log_q = jax.nn.log_softmax(head.logits(params, mc, own))
+        log_q = reshard(log_q, activation_spec(log_q.shape[0], None, None))  # tokens are picked from the whole vocabulary
+        picked = jax.vmap(jax.vmap(lambda row, index: row[index]))(log_q, i)
+        value = divergence(_with_rest(theirs), _with_rest(picked), beta)
+        return total + jnp.sum(jnp.where(w != 0, value * w, 0.0)), None
+
+    weights = weights.astype(jnp.float32)
+    total, _ = head.scan_chunks(mc, body, jnp.zeros((), jnp.float32), hidden, (ids, logp, weights), chunk)
+    return total, jnp.sum(weights)
+
+
+def check_vocabularies(mc: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises ModelError if distributions of the two models cannot be compared token by token."""
+    if mc.vocab_size != teacher.vocab_size:
+        raise ModelError(f"distillation: the student has {mc.vocab_size} tokens and the teacher {teacher.vocab_size}; they must share them")
+
+
+def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+def _with_rest(logp: jax.Array) -> jax.Array:
+    """Log-probabilities [..., k] and, behind them, that of every other token together."""
+    rest = 1.0 - jnp.sum(jnp.exp(logp), axis=-1, keepdims=True)
+    return jnp.concatenate([logp, jnp.log(jnp.maximum(rest, _TINY))], axis=-1)
