@@ -25,13 +25,6 @@ LOSS_MASKS = ("response", "full")
 LOSS_WEIGHTS = ("token", "sequence", "reverse")
 DTYPES = ("float32", "bfloat16")
 
-# What DC-CoT (arXiv 2505.18759) trains its students with.
-LORA_PRESETS = {
-    "r16_qv": {"rank": 16, "alpha": 32.0, "targets": ("q_proj", "v_proj")},
-    "r32_all": {"rank": 32, "alpha": 64.0, "targets": ("all-linear",)},
-}
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear")
-
 
 class ConfigError(InputError):
     """A config that cannot work; the message names the field, the value and what would be accepted."""
@@ -156,6 +149,16 @@ def default_config() -> ConfigDict:
             "frozen_dtype": "float32",  # of the weights that are not trained
         }
     )
+    c.train.distill = ConfigDict(
+        {
+            "kind": "none",  # none | forward_kl | reverse_kl | jsd: from the next-token distributions of a teacher with the same tokens
+            "teacher": "",  # Hugging Face directory, or a student or train artifact; runs beside the student, on the same mesh
+            "weight": 1.0,  # loss = (1 - weight) · cross-entropy + weight · divergence
+            "temperature": 1.0,  # of both distributions
+            "beta": 0.5,  # jsd: share of the teacher in the mixture
+            "teacher_dtype": "bfloat16",  # of the teacher's parameters
+        }
+    )
     c.train.momentum = 0.95  # muon
     c.train.b1 = 0.9
     c.train.b2 = 0.95
@@ -216,6 +219,12 @@ ADDED_LATER = {
     "student.model.attn_softcap": 0.0,
     "student.model.final_softcap": 0.0,
     "train.decay_share": 0.2,
+    "train.distill.kind": "none",
+    "train.distill.teacher": "",
+    "train.distill.weight": 1.0,
+    "train.distill.temperature": 1.0,
+    "train.distill.beta": 0.5,
+    "train.distill.teacher_dtype": "bfloat16",
     "train.lora.preset": "",
     "train.lora.rank": 0,
     "train.lora.alpha": 0.0,
@@ -254,7 +263,7 @@ def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
             later = name in ADDED_LATER and item == ADDED_LATER[name]
             if not (_unhashed(name) or later or (off and name not in SWITCHED_OFF)):
                 found[name] = item
-    if "train" in keys and lora_settings(config.train) is not None:
+    if "train" in keys and (config.train.lora.rank or config.train.lora.preset):
         found["seed"] = config.seed
     return found
 
@@ -323,7 +332,6 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "train.loss_weight", LOSS_WEIGHTS)
     _one_of(config, "tokens.format", TRAIN_FORMATS)
     _one_of(config, "train.remat", ("nothing_saveable", "dots", "none"))
-    _validate_lora(config.train.lora)
     for method in config.augment.methods:
         if method not in AUGMENT_METHODS:
             raise ConfigError(
@@ -404,40 +412,6 @@ def _one_of(config: ConfigDict, key: str, accepted: Sequence[str]) -> None:
     value = lookup(config, key)
     if value not in accepted:
         raise ConfigError(f"config.{key}: {value!r} is not one of {', '.join(accepted)}{nearest(str(value), accepted)}")
-
-
-def lora_settings(train: Any) -> dict[str, Any] | None:
-    """rank, alpha, dropout and targets of ``train.lora`` with its preset filled in; None: all weights are trained."""
-    lora = train.lora
-    chosen = (
-        LORA_PRESETS[lora.preset] if lora.preset else {"rank": lora.rank, "alpha": lora.alpha or 2.0 * lora.rank, "targets": lora.targets}
-    )
-    return {**chosen, "targets": tuple(chosen["targets"]), "dropout": lora.dropout} if chosen["rank"] else None
-
-
-def _validate_lora(lora: Any) -> None:
-    """Raises ConfigError at the first field of ``train.lora`` that cannot work."""
-    if lora.preset and lora.preset not in LORA_PRESETS:
-        raise ConfigError(
-            f"config.train.lora.preset: {lora.preset!r} is not one of {', '.join(LORA_PRESETS)}{nearest(lora.preset, tuple(LORA_PRESETS))}"
-        )
-    for name in ("rank", "alpha", "targets") if lora.preset else ():
-        if lora[name]:
-            raise ConfigError(
-                f"config.train.lora.{name}: {lora[name]!r} beside the preset {lora.preset!r}, which fixes it; give one of them"
-            )
-    for name, most in (("rank", None), ("alpha", None), ("dropout", 1.0)):
-        if lora[name] < 0 or (most is not None and lora[name] >= most):
-            raise ConfigError(f"config.train.lora.{name}: {lora[name]} must be at least 0{'' if most is None else f' and below {most}'}")
-    if lora.rank and not lora.targets:
-        raise ConfigError(f"config.train.lora.targets: empty; name some of {', '.join(LORA_MODULES)}, e.g. ('q_proj', 'v_proj')")
-    for name in lora.targets:
-        if name not in LORA_MODULES:
-            raise ConfigError(f"config.train.lora.targets: {name!r} is not one of {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}")
-    if (lora.targets or lora.alpha or lora.dropout) and not (lora.rank or lora.preset):
-        raise ConfigError("config.train.lora.rank: 0 trains all weights; adapters need a rank, e.g. 16, or a preset")
-    if lora.frozen_dtype not in DTYPES:
-        raise ConfigError(f"config.train.lora.frozen_dtype: {lora.frozen_dtype!r} is not one of {', '.join(DTYPES)}")
 
 
 def nearest(name: str, accepted: Sequence[str]) -> str:

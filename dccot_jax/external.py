@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
-from dccot_jax.artifact import file_hash
+from dccot_jax.artifact import MANIFEST, file_hash, open_artifact
 
 
 @functools.lru_cache(maxsize=512)
@@ -67,15 +67,30 @@ def select_files(config: ConfigDict) -> dict[str, str]:
 
 def student_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of a pretrained student's config, tokenizer and weight files."""
-    found = {}
-    for key in ("path", "tokenizer"):
-        value = config.student[key]
-        folder = Path(value).expanduser()
-        if value and value != "embedded" and folder.is_dir():
-            for path in sorted(folder.iterdir()):
-                if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
-                    found[f"{key}:{path.name}"] = _hash_of(path)
-    return found
+    return {
+        f"{key}:{name}": value
+        for key in ("path", "tokenizer")
+        if config.student[key] != "embedded"
+        for name, value in _model_files(config.student[key]).items()
+    }
+
+
+def train_files(config: ConfigDict) -> dict[str, str]:
+    """What a teacher of distributions is: the hashes of its files, or of the artifact that it is."""
+    teacher = config.train.distill.teacher
+    folder = Path(teacher).expanduser()
+    if teacher and (folder / MANIFEST).exists():
+        return {"teacher": open_artifact(folder).logical_hash}
+    return {f"teacher:{name}": value for name, value in _model_files(teacher).items()}
+
+
+def _model_files(place: str) -> dict[str, str]:
+    """Hashes of the files of a Hugging Face directory by their names; none where `place` is none."""
+    folder = Path(place).expanduser()
+    if not place or not folder.is_dir():
+        return {}
+    kinds = (".json", ".safetensors", ".jinja", ".txt", ".model")
+    return {path.name: _hash_of(path) for path in sorted(folder.iterdir()) if path.suffix in kinds}
 
 
 EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
@@ -84,4 +99,5 @@ EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
     "trace_files": trace_files,
     "select_files": select_files,
     "student_files": student_files,
+    "train_files": train_files,
 }

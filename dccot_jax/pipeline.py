@@ -96,7 +96,7 @@ STAGES = {
                 "seed",
             ),
         ),
-        Stage("train", "dccot_jax.train.loop:run", 1, ("train", "compute_dtype")),
+        Stage("train", "dccot_jax.train.loop:run", 1, ("train", "compute_dtype"), "train_files"),
         Stage(
             "evaluate",
             "dccot_jax.evaluate.stage:run",

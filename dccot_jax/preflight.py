@@ -20,6 +20,7 @@ from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
 from dccot_jax.teachers.build import TeacherError, make_teacher
 from dccot_jax.teachers.replay import replay_spec
+from dccot_jax.train.settings import check_distill, check_lora
 
 _KNOWN_DIFFICULTIES = ("n_steps", "completion_tokens", "question_tokens")
 
@@ -52,6 +53,8 @@ def _check_arm(config: ConfigDict, devices: int | None) -> None:
         mesh_shape(config_lib.to_plain(config.mesh), devices)
     except MeshError as error:
         raise ConfigError(f"config.{error}") from None
+    check_lora(config.train)
+    check_distill(config.train)
     _check_teachers(config)
     split_signals(config.score.signals)
     numbers, vectors = declared_columns(config)

@@ -46,11 +46,6 @@ def test_override_names_field_and_nearest(changes, words):
         ({"traces.teachers": ()}, ["traces.teachers", "empty"]),
         ({"mix.alpha": 1.5}, ["mix.alpha", "1.5"]),
         ({"train.rows_per_step": 0}, ["rows_per_step", "at least 1"]),
-        ({"train.lora.preset": "r16_qw"}, ["train.lora.preset", "r16_qw", "did you mean 'r16_qv'"]),
-        ({"train.lora.preset": "r16_qv", "train.lora.rank": 8}, ["train.lora.rank", "8", "preset"]),
-        ({"train.lora.rank": 8}, ["train.lora.targets", "empty", "q_proj"]),
-        ({"train.lora.rank": 8, "train.lora.targets": ("q_prj",)}, ["q_prj", "did you mean 'q_proj'"]),
-        ({"train.lora.dropout": 0.1}, ["train.lora.rank", "0"]),
     ],
 )
 def test_validate_names_field_value_and_what_is_accepted(changes, words):
@@ -114,13 +109,3 @@ def test_config_file_errors_name_file_and_line(tmp_path, capsys):
 def test_unknown_command_lists_commands(capsys):
     assert main(["rum"]) == 2
     assert "run" in capsys.readouterr().err
-
-
-def test_adapters_count_with_the_seed_they_are_drawn_by_and_nothing_changes_without_them():
-    plain = config_lib.default_config()
-    assert not [name for name in config_lib.config_slice(plain, ("train",)) if name.startswith("train.lora") or name == "seed"]
-    chosen = config_lib.override(plain, {"train.lora.preset": "r32_all", "seed": 5})
-    config_lib.validate(chosen)
-    assert config_lib.config_slice(chosen, ("train",))["seed"] == 5
-    settings = config_lib.lora_settings(chosen.train)
-    assert settings == {"rank": 32, "alpha": 64.0, "targets": ("all-linear",), "dropout": 0.0}

@@ -76,8 +76,8 @@ def test_training_moves_adapters_alone_and_is_the_same_on_eight_devices():
             adapters, frozen = split(ADAPTED, params_on(ADAPTED, on))
             frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
             before = jax.device_get(frozen)
-            state = init_state(adapters, optimizer, on, frozen)
-            shapes = abstract_state(adapters, optimizer, on, frozen)
+            state = init_state(adapters, optimizer, on, {"frozen": frozen})
+            shapes = abstract_state(adapters, optimizer, on, {"frozen": frozen})
             assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
                 lambda x: (x.shape, x.dtype, x.sharding), shapes
             )

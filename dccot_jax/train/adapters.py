@@ -1,4 +1,4 @@
-"""What a training moves: all weights, or adapters beside weights that stay (``train.lora``)."""
+"""What a training moves and what stays: all weights, or adapters beside frozen ones (``train.lora``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, copy_tree
-from dccot_jax.config import lora_settings
 from dccot_jax.model import lora
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.peft import save_peft
 from dccot_jax.records import derive_seed
 from dccot_jax.train.checkpoint import ADAPTER, abstract_params, load_student
+from dccot_jax.train.settings import lora_settings
 
 
 def trained_model(mc: ModelConfig, train: Any) -> ModelConfig:
@@ -25,18 +25,18 @@ def trained_model(mc: ModelConfig, train: Any) -> ModelConfig:
     return mc if settings is None else lora.with_adapters(mc, **settings)
 
 
-def abstract_trained(mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> tuple[Any, Any]:
-    """Shapes and shardings of (what is trained, what is frozen or None)."""
+def abstract_trained(mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> tuple[Any, dict[str, Any]]:
+    """Shapes and shardings of what is trained, and {"frozen": those of what is not} where there is such."""
     if mc.lora is None:
-        return abstract_params(mc, mesh), None
+        return abstract_params(mc, mesh), {}
     adapters, frozen = lora.split(mc, abstract_params(mc, mesh))
     dtype = jnp.dtype(train.lora.frozen_dtype)
-    return adapters, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen)
+    return adapters, {"frozen": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen)}
 
 
-def load_frozen(student: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> Any:
-    """The student's own weights where only adapters are trained, else None."""
-    return None if mc.lora is None else load_student(student, mesh, param_dtype=jnp.dtype(train.lora.frozen_dtype)).params
+def load_frozen(student: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any) -> dict[str, Any]:
+    """{"frozen": the student's own weights} where only adapters are trained."""
+    return {} if mc.lora is None else {"frozen": load_student(student, mesh, param_dtype=jnp.dtype(train.lora.frozen_dtype)).params}
 
 
 def fresh(student: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:

@@ -46,11 +46,12 @@ from dccot_jax.train.checkpoint import FINAL, CheckpointError, save_params
 from dccot_jax.train.digest import params_hash
 from dccot_jax.train.feed import batch_sharding, local_rows, to_global
 from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
-from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.losses import BATCH_FIELDS, Distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.skips import Skips, Unit, only
 from dccot_jax.train.states import TrainCheckpoints, remove_all_but_best
-from dccot_jax.train.step import abstract_state, init_state, make_train_step, with_frozen
+from dccot_jax.train.step import abstract_state, init_state, make_train_step, with_constants
+from dccot_jax.train.teacher import abstract_teacher, load_teacher, teacher_settings
 from dccot_jax.train.votes import VOTE, cast_vote, counting, vote_shape
 
 CHECKPOINTS = "checkpoints"
@@ -83,6 +84,7 @@ def run(
     steps, rows_per_step, row_tokens = about["steps"], about["rows_per_step"], about["row_tokens"]
     base = ModelConfig.from_dict(student.json("student")["model"])
     mc = adapters.trained_model(base, cfg.train)
+    distill = teacher_settings(student, mc, cfg.train.distill)
     owner = {
         "plan": about["hash"],
         "student": student.logical_hash,
@@ -103,13 +105,13 @@ def run(
     with jax.set_mesh(mesh), checkpoints as saver:
         trained, _ = adapters.abstract_trained(mc, mesh, cfg.train)
         found = saver.restore(abstract_state(trained, optimizer, mesh))
-        frozen = adapters.load_frozen(student, mc, mesh, cfg.train)
+        constants = adapters.load_frozen(student, mc, mesh, cfg.train) | load_teacher(distill, cfg.train.distill, mesh)
         if found is None:
             first, record = 0, {}
-            state = init_state(adapters.fresh(student, mc, mesh, cfg.seed), optimizer, mesh, frozen)
+            state = init_state(adapters.fresh(student, mc, mesh, cfg.seed), optimizer, mesh, constants)
         else:
             first, state, record = found
-            state = with_frozen(state, frozen)
+            state = with_constants(state, constants)
             ctx.log(f"  resuming after step {first} of {steps}")
 
         # --- data: every process builds its own rows -------------------------------------------------------------------
@@ -126,7 +128,7 @@ def run(
         # --- compile ---------------------------------------------------------------------------------------------------
         started = time.monotonic()
         sizes, drop_seed = (steps, rows_per_step, row_tokens), adapters.dropout_seed(cfg.seed)
-        train_step = _compile(mc, mesh, canonical_json(to_plain(cfg.train)), cfg.compute_dtype, sizes, drop_seed, voting)
+        train_step = _compile(mc, mesh, canonical_json(to_plain(cfg.train)), cfg.compute_dtype, sizes, drop_seed, distill, voting)
         ctx.log(
             f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
             f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
@@ -195,7 +197,7 @@ def run(
                     record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
                     if log is not None:
                         log.flush()
-                    saver.save(step, with_frozen(state, None), record, loss=smoothed.value())
+                    saver.save(step, with_constants(state, {}), record, loss=smoothed.value())
                 if stopping:
                     raise Stopped(f"training saved after step {step} of {steps}", agreed=True)
 
@@ -283,7 +285,14 @@ def _epochs(plan: Artifact, about: Mapping[str, Any]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _compile(
-    mc: ModelConfig, mesh: jax.sharding.Mesh, train: str, compute_dtype: str, sizes: tuple[int, int, int], seed: int, voting: bool
+    mc: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    train: str,
+    compute_dtype: str,
+    sizes: tuple[int, int, int],
+    seed: int,
+    distill: Distillation | None,
+    voting: bool,
 ) -> Any:
     """The compiled step; arms that differ only in their data share it.
 
@@ -292,12 +301,12 @@ def _compile(
       voting: the batch carries the processes' votes to stop (`train.votes`).
     """
     group, (steps, rows, tokens) = ConfigDict(json.loads(train)), sizes
-    trained, frozen = adapters.abstract_trained(mc, mesh, group)
-    state = abstract_state(trained, make_optimizer(group), mesh, frozen)
+    trained, constants = adapters.abstract_trained(mc, mesh, group)
+    state = abstract_state(trained, make_optimizer(group), mesh, constants | abstract_teacher(distill, group.distill, mesh))
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed)
+    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed, distill=distill)
     if voting:
         step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}
     with jax.set_mesh(mesh):

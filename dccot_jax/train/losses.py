@@ -15,6 +15,9 @@ so packing, accumulation and sharding cannot change the value. The objectives di
       L = 1/(3n) Σ_i [ CE(R_f | Q) + CE(Q_b | Q) + CE(R_b | Q_b) ],   CE = token mean over its own sequence.
   That is w = (1/3) / n_part on the tokens of each part: a whole group weighs 1, and L is the formula above.
 
+Where a student also learns from the distributions of a teacher (``train.distill``), nll_t is replaced by
+(1 - λ)·nll_t + λ·D_t, D_t a divergence between the two (`model/divergence.py`), under the same weights.
+
 `mix/pack.py` computes the weights when the plan is made. They are zero on prompts, on padding and across the border of two
 packed sequences, where a position would have to predict the first token of another sequence.
 """
@@ -22,16 +25,32 @@ packed sequences, where a position would have to predict the first token of anot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.divergence import weighted_divergence
 
 # The arrays of a batch, all [G, T]: G packed rows of T tokens.
 BATCH_FIELDS = ("tokens", "labels", "segment_ids", "positions", "weights")
+
+
+class Distillation(NamedTuple):
+    """A divergence from a teacher in the loss: D(β) of `model/divergence.py`, and its share of the loss."""
+
+    teacher: ModelConfig
+    beta: float
+    temperature: float
+    weight: float
+
+
+def distillation(teacher: ModelConfig, distill: Any) -> Distillation:
+    """What the config's ``train.distill`` group asks for."""
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": float(distill.beta)}[distill.kind]
+    return Distillation(teacher, beta, float(distill.temperature), float(distill.weight))
 
 
 def weighted_loss(
@@ -42,8 +61,10 @@ def weighted_loss(
     compute_dtype: Any = jnp.float32,
     remat: str = "nothing_saveable",
     dropout_key: jax.Array | None = None,
+    distill: Distillation | None = None,
+    teacher: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ w·nll and Σ w of a packed batch.
+    """Σ w·nll and Σ w of a packed batch; with `distill` Σ w·((1 - λ)·nll + λ·D(β)), λ its weight.
 
     Args:
       params: parameter tree. mc: its model config.
@@ -52,18 +73,20 @@ def weighted_loss(
       compute_dtype: dtype of activations; the head's logits and the loss are float32 in any case.
       remat: what the backward pass recomputes: ``nothing_saveable``, ``dots`` or ``none``.
       dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
+      teacher: parameters of `distill.teacher`.
 
     Returns:
       (sum, weight), float32 scalars; the sum is in nats.
     """
-    hidden = decoder.forward(
-        params,
-        mc,
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        compute_dtype=compute_dtype,
-        remat=remat,
-        dropout_key=dropout_key,
+    places = (batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden = decoder.forward(params, mc, *places, compute_dtype=compute_dtype, remat=remat, dropout_key=dropout_key)
+    if distill is None:
+        return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
+    theirs = jax.lax.stop_gradient(decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none"))
+    total, weight = weighted_divergence(
+        params, mc, hidden, teacher, distill.teacher, theirs, batch["weights"], beta=distill.beta, temperature=distill.temperature
     )
-    return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
+    if distill.weight < 1.0:
+        nll, _ = head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
+        total = (1.0 - distill.weight) * nll + distill.weight * total
+    return total, weight

@@ -1,13 +1,15 @@
 """One optimizer step: (state, batch) -> (state, metrics), compiled once, with the state donated.
 
-The state is a plain dict ``{"params", "opt", "step"}``, and ``"frozen"`` where only adapters are trained: then ``params`` are
-these, and the model is `lora.join` of both. Trained parameters and moments are float32; activations use the compute dtype. All
-arrays live on an Explicit mesh, so gradients carry exactly the parameters' shardings.
+The state is a plain dict ``{"params", "opt", "step"}``, and what no step changes (`CONSTANTS`): ``"frozen"`` where only adapters
+are trained (``params`` are these, and the model is `lora.join` of both), ``"teacher"`` where its distributions are learned.
+Trained parameters and moments are float32; activations use the compute dtype. All arrays live on an Explicit mesh, so gradients
+carry exactly the parameters' shardings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,18 +21,20 @@ from dccot_jax.config import ConfigError
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.lora import join
 from dccot_jax.model.sharding import BATCH
-from dccot_jax.train.losses import weighted_loss
+from dccot_jax.train.losses import Distillation, weighted_loss
 from dccot_jax.train.optimizer import clip_scale, make_optimizer, make_schedule
+
+CONSTANTS = ("frozen", "teacher")
 
 State = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, frozen: Any = None) -> State:
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, constants: Any = None) -> State:
     """Shapes and shardings of a state, without memory: moments are laid out as their parameters, scalars are replicated.
 
     Args:
-      params: trained tree of arrays or ShapeDtypeStructs with shardings on `mesh`. frozen: the same of what is not trained.
+      params: trained tree of arrays or ShapeDtypeStructs with shardings on `mesh`. constants: such trees by names of `CONSTANTS`.
     """
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda p: {"params": p, "opt": optimizer.init(p), "step": jnp.zeros((), jnp.int32)}, params)
@@ -40,10 +44,10 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: j
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     state = jax.tree.map(bind, shapes)
-    return with_frozen(state, None if frozen is None else jax.tree.map(bind, jax.eval_shape(lambda tree: tree, frozen)))
+    return with_constants(state, jax.tree.map(bind, jax.eval_shape(lambda tree: tree, constants or {})))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, frozen: Any = None) -> State:
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, constants: Any = None) -> State:
     """State before step 0, each array made in its sharding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, optimizer, mesh))
 
@@ -52,13 +56,12 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.s
 
     with jax.set_mesh(mesh):
         made = jax.jit(rest, out_shardings={"opt": shardings["opt"], "step": shardings["step"]})(params)
-    return with_frozen({"params": params, **made}, frozen)
+    return with_constants({"params": params, **made}, constants or {})
 
 
-def with_frozen(state: State, frozen: Any) -> State:
-    """`state` with these frozen weights; without any where `frozen` is None."""
-    rest = {name: value for name, value in state.items() if name != "frozen"}
-    return rest if frozen is None else {**rest, "frozen": frozen}
+def with_constants(state: State, constants: Mapping[str, Any]) -> State:
+    """`state` with these parts that no step changes, and no others."""
+    return {**{name: value for name, value in state.items() if name not in CONSTANTS}, **constants}
 
 
 def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:
@@ -83,16 +86,19 @@ def loss_and_grads(
     microbatches: int = 1,
     compute_dtype: Any = jnp.float32,
     remat: str,
-    frozen: Any = None,
+    constants: Mapping[str, Any] = MappingProxyType({}),
     dropout_key: jax.Array | None = None,
+    distill: Distillation | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Σ w·nll, Σ w, and the gradient of Σ w·nll with respect to `params` (not yet divided), over all micro-batches.
+    """The sum of the loss, Σ w, and the sum's gradient with respect to `params` (not yet divided), over all micro-batches.
 
     Sums are accumulated, never means: micro-batches with different numbers of trained tokens count by their tokens.
     """
 
     def loss_sum(p: Any, rows: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        return weighted_loss(join(p, frozen), mc, rows, compute_dtype=compute_dtype, remat=remat, dropout_key=key)
+        whole = join(p, constants.get("frozen"))
+        settings: Any = {"compute_dtype": compute_dtype, "remat": remat, "dropout_key": key}
+        return weighted_loss(whole, mc, rows, **settings, distill=distill, teacher=constants.get("teacher"))
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
     if microbatches == 1:
@@ -111,7 +117,14 @@ def loss_and_grads(
 
 
 def make_train_step(
-    mc: ModelConfig, mesh: jax.sharding.Mesh, train: Any, compute_dtype: Any, *, steps: int, seed: int = 0
+    mc: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    train: Any,
+    compute_dtype: Any,
+    *,
+    steps: int,
+    seed: int = 0,
+    distill: Distillation | None = None,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """The jitted step. Call it (and lower it) under ``jax.set_mesh(mesh)``.
 
@@ -119,6 +132,7 @@ def make_train_step(
       mc, mesh: model and mesh. train: the config's ``train`` group. compute_dtype: dtype of activations.
       steps: steps of the whole training; the learning-rate schedule ends there.
       seed: of the adapters' dropout; what is dropped is a function of it and of the step number.
+      distill: what is learned from a teacher, whose parameters are in the state then.
 
     Returns:
       A function of (state, batch) with `state` donated; batch arrays are [G, T], sharded over ("data", "fsdp").
@@ -139,7 +153,7 @@ def make_train_step(
     schedule = make_schedule(train, steps)
 
     def step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        params, frozen = state["params"], state.get("frozen")
+        params, constants = state["params"], {name: state[name] for name in CONSTANTS if name in state}
         drops = mc.lora is not None and mc.lora.dropout > 0
         total, weight, grads = loss_and_grads(
             params,
@@ -148,7 +162,8 @@ def make_train_step(
             microbatches=train.microbatches,
             compute_dtype=compute_dtype,
             remat=train.remat,
-            frozen=frozen,
+            constants=constants,
+            distill=distill,
             dropout_key=jax.random.fold_in(jax.random.key(seed), state["step"]) if drops else None,
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
@@ -172,6 +187,6 @@ def make_train_step(
             "trained_tokens": (jnp.sum(batch["weights"] > 0).astype(jnp.float32), one),
             "skipped": ((~learn).astype(jnp.float32), one),
         }
-        return with_frozen(new, frozen), metrics
+        return with_constants(new, constants), metrics
 
     return jax.jit(step, donate_argnums=0)

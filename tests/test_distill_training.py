@@ -1,0 +1,68 @@
+"""A student that learns a teacher's distributions: the loss, a whole training, microbatches, and teachers that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import TINY, mesh, pack, params_on, place, run_config, sequences
+
+from dccot_jax.train.losses import Distillation, weighted_loss
+from dccot_jax.train.optimizer import make_optimizer
+from dccot_jax.train.step import init_state, loss_and_grads, make_train_step
+
+TEACHER = dataclasses.replace(TINY, hidden_size=24, num_heads=2, num_kv_heads=1, head_dim=12)
+HALF = Distillation(TEACHER, beta=0.0, temperature=1.0, weight=0.5)
+
+
+def _batch():
+    rng = np.random.default_rng(3)
+    return pack([sequences(rng, 1 + g % 3) for g in range(8)], 48)
+
+
+def test_the_loss_is_the_stated_mixture_and_sums_over_microbatches_and_devices():
+    found = {}
+    for sizes, microbatches in (((1, 1, 1), 1), ((2, 2, 2), 2)):
+        on = mesh(*sizes)
+        with jax.set_mesh(on):
+            params, constants, batch = params_on(TINY, on), {"teacher": params_on(TEACHER, on, 1)}, place(_batch(), on)
+            run = jax.jit(
+                lambda p, c, b, k=microbatches: loss_and_grads(p, TINY, b, microbatches=k, remat="none", constants=c, distill=HALF)
+            )
+            found[sizes] = jax.device_get(run(params, constants, batch))
+            if sizes == (1, 1, 1):
+                parts = {
+                    weight: jax.jit(lambda p, t, d=HALF._replace(weight=weight): weighted_loss(p, TINY, batch, distill=d, teacher=t))(
+                        params, constants["teacher"]
+                    )
+                    for weight in (1.0,)
+                }
+                plain = jax.jit(lambda p: weighted_loss(p, TINY, batch))(params)
+                assert float(found[sizes][0]) == pytest.approx(0.5 * float(plain[0]) + 0.5 * float(parts[1.0][0]), rel=1e-5)
+                assert float(found[sizes][1]) == float(plain[1])
+    (one, weight, grads), (eight, again, sharded) = found.values()
+    assert float(eight) == pytest.approx(float(one), rel=1e-5) and float(again) == pytest.approx(float(weight))
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_comes_nearer_to_its_teacher_and_the_teacher_stays():
+    train = run_config(steps=30, learning_rate=0.03).train
+    on = mesh(1, 2, 1)
+    settings = HALF._replace(weight=1.0)
+    optimizer = make_optimizer(train)
+    with jax.set_mesh(on):
+        teacher = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_on(TEACHER, on, 1))
+        before = jax.device_get(teacher)
+        state = init_state(params_on(TINY, on), optimizer, on, {"teacher": teacher})
+        step = make_train_step(TINY, on, train, jnp.float32, steps=30, distill=settings)
+        losses = []
+        for _ in range(30):
+            state, metrics = step(state, place(_batch(), on))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    assert losses[-1] < 0.5 * losses[0] and min(losses) >= 0.0
+    for a, b in zip(jax.tree.leaves(jax.device_get(state["teacher"])), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)

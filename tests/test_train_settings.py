@@ -1,0 +1,40 @@
+"""Adapters and distillation in the config: what is refused, by which words, and what counts for a run's identity."""
+
+from __future__ import annotations
+
+import pytest
+
+from dccot_jax import config as config_lib
+from dccot_jax.config import ConfigError
+from dccot_jax.preflight import check
+from dccot_jax.train.settings import lora_settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.lora.preset": "r16_qw"}, ["train.lora.preset", "r16_qw", "did you mean 'r16_qv'"]),
+        ({"train.lora.preset": "r16_qv", "train.lora.rank": 8}, ["train.lora.rank", "8", "preset"]),
+        ({"train.lora.rank": 8}, ["train.lora.targets", "empty", "q_proj"]),
+        ({"train.lora.rank": 8, "train.lora.targets": ("q_prj",)}, ["q_prj", "did you mean 'q_proj'"]),
+        ({"train.lora.dropout": 0.1}, ["train.lora.rank", "0"]),
+        ({"train.distill.kind": "kl"}, ["train.distill.kind", "forward_kl"]),
+        ({"train.distill.kind": "jsd"}, ["train.distill.teacher", "give both"]),
+        ({"train.distill.kind": "jsd", "train.distill.teacher": "x", "train.distill.beta": 1.0}, ["train.distill.beta", "reverse_kl"]),
+    ],
+)
+def test_what_cannot_work_is_named(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        check(config_lib.override(config_lib.default_config(), changes), devices=False)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_adapters_count_with_the_seed_they_are_drawn_by_and_nothing_changes_without_them():
+    plain = config_lib.default_config()
+    later = ("train.lora", "train.distill", "seed")
+    assert not [name for name in config_lib.config_slice(plain, ("train",)) if name.startswith(later)]
+    chosen = config_lib.override(plain, {"train.lora.preset": "r32_all", "seed": 5})
+    check(chosen, devices=False)
+    assert config_lib.config_slice(chosen, ("train",))["seed"] == 5
+    assert lora_settings(chosen.train) == {"rank": 32, "alpha": 64.0, "targets": ("all-linear",), "dropout": 0.0}
