@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +30,16 @@ def test_the_loss_is_the_stated_mixture_and_sums_over_microbatches_and_devices()
         on = mesh(*sizes)
         with jax.set_mesh(on):
             params, constants, batch = params_on(TINY, on), {"teacher": params_on(TEACHER, on, 1)}, place(_batch(), on)
-            run = jax.jit(
-                lambda p, c, b, k=microbatches: loss_and_grads(p, TINY, b, microbatches=k, remat="none", constants=c, distill=HALF)
-            )
-            found[sizes] = jax.device_get(run(params, constants, batch))
-            if sizes == (1, 1, 1):
-                parts = {
-                    weight: jax.jit(lambda p, t, d=HALF._replace(weight=weight): weighted_loss(p, TINY, batch, distill=d, teacher=t))(
-                        params, constants["teacher"]
-                    )
-                    for weight in (1.0,)
-                }
-                plain = jax.jit(lambda p: weighted_loss(p, TINY, batch))(params)
-                assert float(found[sizes][0]) == pytest.approx(0.5 * float(plain[0]) + 0.5 * float(parts[1.0][0]), rel=1e-5)
-                assert float(found[sizes][1]) == float(plain[1])
+            run = functools.partial(loss_and_grads, mc=TINY, microbatches=microbatches, remat="none", distill=HALF)
+            found[sizes] = jax.device_get(jax.jit(run)(params, batch=batch, constants=constants))
+    on = mesh(1, 1, 1)
+    with jax.set_mesh(on):
+        params, batch = params_on(TINY, on), place(_batch(), on)
+        run = functools.partial(weighted_loss, mc=TINY, distill=HALF._replace(weight=1.0))
+        divergence, _ = jax.jit(run)(params, batch=batch, teacher=params_on(TEACHER, on, 1))
+        plain, weights = jax.jit(functools.partial(weighted_loss, mc=TINY))(params, batch=batch)
+    assert float(found[(1, 1, 1)][0]) == pytest.approx(0.5 * float(plain) + 0.5 * float(divergence), rel=1e-5)
+    assert float(found[(1, 1, 1)][1]) == float(weights)
     (one, weight, grads), (eight, again, sharded) = found.values()
     assert float(eight) == pytest.approx(float(one), rel=1e-5) and float(again) == pytest.approx(float(weight))
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(grads), strict=True):
