@@ -7,6 +7,7 @@ import pytest
 from plan_cases import case, config, groups_of
 
 from dccot_jax.data.loader import PlanSource, batches
+from dccot_jax.data.token_store import TokenStore
 from dccot_jax.mix.plan import make_plan, plan_table
 
 ROWS, TOKENS = 4, 64
@@ -19,7 +20,15 @@ def build(traces_and_tokens, rows=None, loss_mask="response", **changes):
     cfg = config(**settings, **changes)
     plan = make_plan(cfg, groups_of(traces, tokens), {})
     table = plan_table(plan.steps, cfg)
-    source = PlanSource(table, tokens, steps=len(plan.steps), rows_per_step=ROWS, row_tokens=TOKENS, loss_mask=loss_mask, rows=rows)
+    source = PlanSource(
+        table,
+        tokens.to_batches(max_chunksize=3),
+        steps=len(plan.steps),
+        rows_per_step=ROWS,
+        row_tokens=TOKENS,
+        loss_mask=loss_mask,
+        rows=rows,
+    )
     return source, plan, table, {row["id"]: row for row in tokens.to_pylist()}
 
 
@@ -134,7 +143,7 @@ def test_a_full_length_row_loses_nothing():
     cfg = config(train__rows_per_step=2, train__row_tokens=longest, tokens__max_length=longest)
     plan = make_plan(cfg, groups_of(traces, tokens), {})
     assert not plan.dropped
-    source = PlanSource(plan_table(plan.steps, cfg), tokens, steps=len(plan.steps), rows_per_step=2, row_tokens=longest)
+    source = PlanSource(plan_table(plan.steps, cfg), tokens.to_batches(), steps=len(plan.steps), rows_per_step=2, row_tokens=longest)
     rows = [batch["segment_ids"][r] for batch in batches(source) for r in range(2)]
     assert any(row.min() == 1 and row.max() == 1 for row in rows)
 
@@ -145,6 +154,21 @@ def test_bad_arguments():
         source[len(source)]
     tokens = case(6)[1]
     with pytest.raises(ValueError, match="loss_mask"):
-        PlanSource(table, tokens, steps=1, rows_per_step=ROWS, row_tokens=TOKENS, loss_mask="half")
+        PlanSource(table, tokens.to_batches(max_chunksize=3), steps=1, rows_per_step=ROWS, row_tokens=TOKENS, loss_mask="half")
     with pytest.raises(ValueError, match="rows"):
-        PlanSource(table, tokens, steps=1, rows_per_step=ROWS, row_tokens=TOKENS, rows=[ROWS])
+        PlanSource(table, tokens.to_batches(max_chunksize=3), steps=1, rows_per_step=ROWS, row_tokens=TOKENS, rows=[ROWS])
+
+
+def test_the_token_store_keeps_what_was_wanted_and_no_more():
+    _, tokens = case(23)
+    rows = tokens.to_pylist()
+    for wanted in ([], [0], [5, 6, 17], list(range(len(rows)))):
+        for size in (1, 4, 100):
+            store = TokenStore(tokens.to_batches(max_chunksize=size), np.array(wanted, np.int64))
+            order = np.array(wanted[::-1], np.int64)
+            for place, own in zip(order, store.index(order), strict=True):
+                ids, prompt = store.row(own)
+                assert ids.tolist() == rows[place]["input_ids"] and prompt == rows[place]["prompt_tokens"]
+            assert len(store._flat) == sum(len(rows[place]["input_ids"]) for place in wanted)
+    with pytest.raises(ValueError, match="row 23 of a token table of 23 rows"):
+        TokenStore(tokens.to_batches(), np.array([3, 23]))

@@ -8,17 +8,17 @@ which must not predict the next document's first. The whole state of the loader 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
 import pyarrow as pa
 
-from dccot_jax.artifact import Artifact, read_table
+from dccot_jax.artifact import Artifact, read_batches
 from dccot_jax.config import LOSS_MASKS
+from dccot_jax.data.token_store import TOKEN_COLUMNS, TokenStore
 
 Batch = dict[str, np.ndarray]
-_TOKEN_COLUMNS = ("input_ids", "prompt_tokens")
 
 
 class PlanSource:
@@ -27,7 +27,8 @@ class PlanSource:
     Keys: ``tokens``, ``labels``, ``segment_ids``, ``positions`` (int32) and ``weights`` (float32).
 
     Args:
-      plan: table with columns step, row, token_row, weight, sorted by step, row, slot. tokens: the token table.
+      plan: table with columns step, row, token_row, weight, sorted by step, row, slot.
+      tokens: the token table, from its first row; what this process does not need is read over.
       steps, rows_per_step, row_tokens: as in ``plan.json``.
       loss_mask: ``response`` (completion tokens) or ``full`` (all but each document's first token).
       rows: the packed rows this process builds, in order; None: all of them.
@@ -36,7 +37,7 @@ class PlanSource:
     def __init__(
         self,
         plan: pa.Table,
-        tokens: pa.Table,
+        tokens: Iterable[pa.RecordBatch],
         *,
         steps: int,
         rows_per_step: int,
@@ -50,20 +51,16 @@ class PlanSource:
         self.rows = tuple(range(rows_per_step)) if rows is None else tuple(rows)
         if not all(0 <= row < rows_per_step for row in self.rows):
             raise ValueError(f"rows {self.rows} are not all in 0..{rows_per_step - 1}")
-        step = plan["step"].to_numpy()
-        self._starts = np.searchsorted(step, np.arange(steps + 1))
-        self._row = plan["row"].to_numpy()
-        self._token_row = plan["token_row"].to_numpy()
-        self._weight = plan["weight"].to_numpy()
         self._place = np.full(rows_per_step, -1, np.int32)  # packed row -> row of this process's arrays
         self._place[list(self.rows)] = np.arange(len(self.rows))
-        # Only token rows that the plan uses, as one flat array of ids and its offsets: 4 bytes a token, shared by threads.
-        used, self._local = np.unique(self._token_row, return_inverse=True)
-        ids = tokens["input_ids"].take(pa.array(used)).combine_chunks()
-        lengths = np.asarray(ids.value_lengths(), np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self._flat = np.asarray(ids.flatten(), np.int32)
-        self._prompt = tokens["prompt_tokens"].to_numpy()[used]
+        step, row = plan["step"].to_numpy(), plan["row"].to_numpy()
+        mine = np.flatnonzero(self._place[row] >= 0)
+        self._starts = np.searchsorted(step[mine], np.arange(steps + 1))
+        self._row = row[mine]
+        self._weight = plan["weight"].to_numpy()[mine]
+        token_row = plan["token_row"].to_numpy()[mine]
+        self._store = TokenStore(tokens, np.unique(token_row))
+        self._own = self._store.index(token_row)
 
     @classmethod
     def from_artifacts(cls, plan: Artifact, tokens: Artifact, *, rows: Sequence[int] | None = None) -> PlanSource:
@@ -71,10 +68,9 @@ class PlanSource:
         about = plan.json("plan")
         if about["tokens_hash"] != tokens.logical_hash:
             raise ValueError(f"{plan.path.name} was made from other token rows than {tokens.path.name}")
-        table = read_table(tokens.file("tokens.parquet")).select(_TOKEN_COLUMNS)
         return cls(
             plan.table("plan"),
-            table,
+            read_batches(tokens.file("tokens.parquet"), TOKEN_COLUMNS),
             steps=about["steps"],
             rows_per_step=about["rows_per_step"],
             row_tokens=about["row_tokens"],
@@ -94,14 +90,13 @@ class PlanSource:
         segments = np.zeros(len(self.rows), np.int64)
         for entry in self._entries(index):
             place = int(self._place[self._row[entry]])
-            if place >= 0:
-                segments[place] += 1
-                used[place] += self._write(batch, entry, place, int(used[place]), int(segments[place]))
+            segments[place] += 1
+            used[place] += self._write(batch, entry, place, int(used[place]), int(segments[place]))
         return batch
 
     def unpacked(self, step: int) -> Batch:
         """The same documents, one per row, in plan order: what packing must equal."""
-        entries = [entry for entry in self._entries(step) if self._place[self._row[entry]] >= 0]
+        entries = self._entries(step)
         batch = self._empty(len(entries))
         for place, entry in enumerate(entries):
             self._write(batch, entry, place, 0, 1)
@@ -119,14 +114,13 @@ class PlanSource:
 
     def _write(self, batch: Batch, entry: int, place: int, start: int, segment: int) -> int:
         """Write one document at `start` of a row; returns its length."""
-        local = self._local[entry]
-        ids = self._flat[self._offsets[local] : self._offsets[local + 1]]
+        ids, prompt = self._store.row(self._own[entry])
         n = len(ids)
         batch["tokens"][place, start : start + n] = ids
         batch["segment_ids"][place, start : start + n] = segment
         batch["positions"][place, start : start + n] = np.arange(n)
         batch["labels"][place, start : start + n - 1] = ids[1:]
-        first = 0 if self._full else max(int(self._prompt[local]) - 1, 0)  # position whose label is the first trained token
+        first = 0 if self._full else max(prompt - 1, 0)  # position whose label is the first trained token
         batch["weights"][place, start + first : start + n - 1] = self._weight[entry]
         return n
 
