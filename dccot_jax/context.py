@@ -52,10 +52,10 @@ class Meter:
 
 def forget_listings() -> None:
     """Object stores: fsspec keeps listings of directories, in which other processes, and tensorstore in this one, write unseen."""
-    import fsspec
+    from fsspec.config import conf
 
     for scheme in ("gcs", "s3", "az"):
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+        conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 @dataclasses.dataclass

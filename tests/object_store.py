@@ -39,6 +39,10 @@ def delete(name: str) -> None:
         OBJECTS.pop(name, None)
 
 
+def _name(path: str) -> str:
+    return path.removeprefix("gs://").removeprefix("gcs://").rstrip("/")
+
+
 class _Upload(io.BytesIO):
     def __init__(self, name: str):
         super().__init__()
@@ -55,7 +59,7 @@ class BucketFileSystem(AbstractFileSystem):
     cachable = False
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        path = self._strip_protocol(path)
+        path = _name(path)
         with _LOCK:
             below = [name[len(path) + 1 :] for name in OBJECTS if name.startswith(path + "/")]
             if not below:
@@ -64,7 +68,7 @@ class BucketFileSystem(AbstractFileSystem):
             return [self.info(name) for name in names] if detail else names
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        path = self._strip_protocol(path)
+        path = _name(path)
         with _LOCK:
             if path in OBJECTS:
                 return {"name": path, "size": len(OBJECTS[path]), "type": "file"}
@@ -73,7 +77,7 @@ class BucketFileSystem(AbstractFileSystem):
         raise FileNotFoundError(path)
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
-        path = self._strip_protocol(path)
+        path = _name(path)
         if mode == "wb":
             return _Upload(path)
         if mode != "rb":
@@ -82,7 +86,7 @@ class BucketFileSystem(AbstractFileSystem):
         return io.BytesIO(OBJECTS[path])
 
     def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
-        path = self._strip_protocol(path)
+        path = _name(path)
         if self.info(path)["type"] == "directory" and not recursive:
             raise IsADirectoryError(path)
         for name in [name for name in OBJECTS if name == path or name.startswith(path + "/")]:
@@ -90,7 +94,7 @@ class BucketFileSystem(AbstractFileSystem):
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
         if self.info(path1)["type"] == "file":
-            put(self._strip_protocol(path2), OBJECTS[self._strip_protocol(path1)])
+            put(_name(path2), OBJECTS[_name(path1)])
 
     def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
         pass

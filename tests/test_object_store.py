@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,11 +37,11 @@ def test_a_file_is_replaced_whole_and_a_directory_is_walked(bucket):
 
 
 def test_listings_are_not_remembered(bucket, monkeypatch):
-    import fsspec
+    from fsspec import config
 
-    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setattr(config, "conf", {})
     Context(bucket / "run")
-    assert fsspec.config.conf["gcs"] == {"use_listings_cache": False}
+    assert config.conf["gcs"] == {"use_listings_cache": False}
 
 
 def test_the_log_without_append(bucket):
@@ -92,4 +93,4 @@ def test_a_whole_run_equals_one_on_a_disk(bucket, tmp_path):
         assert (workdir / "report" / "report.html").exists()
     assert hashes[0] == hashes[1]
     assert "bucket/run/report/results.json" in OBJECTS
-    assert not any(epath.Path.cwd().glob("gs:*")), "a path lost its scheme"
+    assert not any(Path.cwd().glob("gs:*")), "a path lost its scheme"

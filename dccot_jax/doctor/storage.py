@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from dccot_jax.context import forget_listings
 from dccot_jax.doctor.lines import one_line
 
 _TRIES = 3  # network disks may show a new file late
@@ -43,6 +44,8 @@ def probe(workdir: epath.Path, index: int, gather: Gather) -> Storage:
       workdir: as a run would use it; made if it is not there. Holds nothing new afterwards.
       index: of this host. gather: collective, so it is a barrier too.
     """
+    if "://" in str(workdir):
+        forget_listings()
     token = gather(uuid.uuid4().hex)[0]
     folder = workdir / f".doctor-{token}"
     own = folder / f"{index}.txt"
