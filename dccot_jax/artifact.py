@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -131,6 +132,10 @@ class ArtifactWriter:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `name`.parquet."""
         write_table(self.path / f"{name}.parquet", table)
+
+    def write_row_groups(self, name: str, tables: Iterable[pa.Table]) -> None:
+        """Write `name`.parquet, one row group per table: what is too large to be held at once. At least one table."""
+        write_row_groups(self.path / f"{name}.parquet", tables)
 
     def write_dropped(self, dropped: Sequence[Dropped]) -> dict[str, int]:
         """Write `dropped.parquet` and return the count per reason."""
@@ -265,19 +270,29 @@ def write_atomic(path: epath.PathLike, data: bytes) -> None:
 
     Raises ArtifactError if the disk is full; what was at `path` before is whole.
     """
+    with _beside(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _beside(path: epath.PathLike) -> Iterator[Any]:
+    """A file to write that takes the place of `path` once it is whole and on disk; on an error `path` stays as it was.
+
+    Raises ArtifactError if the disk is full.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with beside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             _flush_to_disk(file)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         if error.errno in DISK_FULL:
-            raise ArtifactError(f"{path}: {error.strerror} ({len(data):,} bytes); make room and run the same command again") from error
+            raise ArtifactError(f"{path}: {error.strerror}; make room and run the same command again") from error
         raise
     beside.replace(path)
 
@@ -298,6 +313,15 @@ def write_table(path: epath.PathLike, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def write_row_groups(path: epath.PathLike, tables: Iterable[pa.Table]) -> None:
+    """Parquet with one row group per table, written atomically; holds one table at a time. At least one table."""
+    each = iter(tables)
+    first = next(each)
+    with _beside(path) as file, pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        for table in itertools.chain([first], each):
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
 
 
 def read_table(path: epath.PathLike) -> pa.Table:

@@ -22,6 +22,8 @@ OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 TRAIN_FORMATS = ("cot", "no_cot")
 LOSS_MASKS = ("response", "full")
+GRADIENT_NORMS = ("ghost", "exact")
+PROJECTIONS = ("rademacher", "normal")
 LOSS_WEIGHTS = ("token", "sequence", "reverse")
 DTYPES = ("float32", "bfloat16")
 
@@ -98,6 +100,16 @@ def default_config() -> ConfigDict:
     c.score.chunk_rows = 256  # rows per committed chunk
     c.score.batch_tiles = 4  # tiles per dispatch; changes speed, never scores
     c.score.warmup = ConfigDict({"share": 0.1, "steps": 50})
+    c.score.gradients = ConfigDict()  # of the signals `grand` and `less`; see docs/gradients.md
+    c.score.gradients.norm = "ghost"  # grand: ghost | exact: one full gradient after the other, to check with
+    c.score.gradients.norm_subset = ("*",)  # grand: weights whose gradient counts, names or patterns
+    c.score.gradients.subset = ("wq", "wv")  # less: weights of the layers (and norms) whose gradient is projected
+    c.score.gradients.checkpoints = 4  # less: snapshots of the warm-up training; or as many as a given train artifact holds
+    c.score.gradients.dim = 8192  # less: numbers per projected gradient, a multiple of 32
+    c.score.gradients.projection = "rademacher"  # rademacher | normal
+    c.score.gradients.seed = 0  # less: of the projection
+    # less: sub-tasks, each {"task": "svamp", "split": "train", "rows": 32} or {"traces": 32}; (): 32 items of the training task.
+    c.score.gradients.validation = ()
 
     c.select = ConfigDict()
     # Selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500}).
@@ -171,6 +183,7 @@ def default_config() -> ConfigDict:
     c.train.keep_best = 0  # and so many of lowest training loss (mean over about 50 steps); these stay when the training is done
     c.train.max_skipped = 10  # steps in a row with a loss or gradient that is not finite; one more stops the training
     c.train.step_deadline_seconds = 600.0  # several processes: one that waits longer for a step ends; 0: never
+    c.train.snapshots = 0  # evenly spaced parameters and Adam moments kept in the artifact, for `less` and other looks back
     c.train.log_every = 10
 
     c.evaluate = ConfigDict()
@@ -331,6 +344,8 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "train.loss_mask", LOSS_MASKS)
     _one_of(config, "train.loss_weight", LOSS_WEIGHTS)
     _one_of(config, "tokens.format", TRAIN_FORMATS)
+    _one_of(config, "score.gradients.norm", GRADIENT_NORMS)
+    _one_of(config, "score.gradients.projection", PROJECTIONS)
     _one_of(config, "train.remat", ("nothing_saveable", "dots", "none"))
     for method in config.augment.methods:
         if method not in AUGMENT_METHODS:
@@ -349,6 +364,7 @@ def validate(config: ConfigDict) -> None:
         "train.checkpoint_every",
         "traces.samples",
         "score.warmup.steps",
+        "score.gradients.checkpoints",
     ):
         if lookup(config, key) < 1:
             raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
@@ -366,8 +382,14 @@ def validate(config: ConfigDict) -> None:
     if config.verify.ngram_drop_share and config.verify.ngram_drop_size not in config.verify.ngram_sizes:
         sizes = ", ".join(map(str, config.verify.ngram_sizes)) or "none"
         raise ConfigError(f"config.verify.ngram_drop_size: {config.verify.ngram_drop_size} is not in verify.ngram_sizes ({sizes})")
+    if config.train.snapshots < 0:
+        raise ConfigError(f"config.train.snapshots: {config.train.snapshots} must be at least 0 (0: none)")
     if not 0.0 < config.score.warmup.share <= 1.0:
         raise ConfigError(f"config.score.warmup.share: {config.score.warmup.share} must lie in (0, 1]")
+    if config.score.gradients.dim < 1 or config.score.gradients.dim % 32:
+        raise ConfigError(f"config.score.gradients.dim: {config.score.gradients.dim} must be a positive multiple of 32")
+    if not 0 <= config.score.gradients.seed < 2**31:
+        raise ConfigError(f"config.score.gradients.seed: {config.score.gradients.seed} must lie in [0, 2^31)")
     if config.mix.kind == "teacher" and not config.mix.strong:
         raise ConfigError("config.mix.strong: empty; mix.kind = 'teacher' needs the names of the strong teachers, e.g. ('gpt-4o',)")
     if config.mix.total_examples and config.mix.total_tokens:

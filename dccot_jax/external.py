@@ -56,6 +56,15 @@ def trace_files(config: ConfigDict) -> dict[str, str]:
     return hashes | _local_hashes(config, [config.traces.task])
 
 
+def score_files(config: ConfigDict) -> dict[str, str]:
+    """Hashes of the local files of the tasks that `less` takes validation items from."""
+    from dccot_jax.select.gradients.settings import validation_sources
+
+    if "less" not in config.score.signals:
+        return {}
+    return _local_hashes(config, [source.task for source in validation_sources(config) if source.task])
+
+
 def select_files(config: ConfigDict) -> dict[str, str]:
     """Hashes of the user's own score tables and of the local files of the tasks that a selection is to resemble."""
     from dccot_jax.select.selectors import required_corpora
@@ -97,6 +106,7 @@ EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {
     "task_files": task_files,
     "guarded_files": guarded_files,
     "trace_files": trace_files,
+    "score_files": score_files,
     "select_files": select_files,
     "student_files": student_files,
     "train_files": train_files,

@@ -77,7 +77,8 @@ STAGES = {
             "score",
             "dccot_jax.select.engine:run",
             1,
-            ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
+            ("score.signals", "score.gradients", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
+            "score_files",
         ),
         Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed"), "select_files"),
         Stage(
@@ -160,6 +161,7 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
     rows = {"verify": "verify", "tokenize": "tokenize"}
     scored: dict[str, str] = {}
     if config.score.signals:
+        scoring = _scoring(config)
         if config.score.student == "warmup":
             short = config_lib.override(
                 config,
@@ -170,16 +172,17 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
                     "mix.total_tokens": 0,
                     "curriculum.kind": "none",
                     "train.steps": config.score.warmup.steps,
+                    "train.snapshots": config.score.gradients.checkpoints if "less" in config.score.signals else 0,
                 },
             )
             add("select:warmup", rows, short)
             add("plan:warmup", {**rows, "select": "select:warmup"}, short)
             add("train:warmup", {"plan": "plan:warmup", "tokenize": "tokenize", "student": "student"}, short)
-            add("score", {**rows, "train": "train:warmup"})
+            add("score", {**rows, "train": "train:warmup"}, scoring)
         elif config.score.student == "base":
-            add("score", {**rows, "student": "student"})
+            add("score", {**rows, "student": "student"}, scoring)
         else:
-            add("score", {**rows, "train": f"path:{config.score.student}"})
+            add("score", {**rows, "train": f"path:{config.score.student}"}, scoring)
         scored = {"score": "score"}
     add("select", {**rows, **scored})
     add("plan", {**rows, **scored, "select": "select"})
@@ -188,6 +191,15 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
         add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})
     return nodes
+
+
+def _scoring(config: ConfigDict) -> ConfigDict:
+    """The config that `score` sees: where no gradient signal is asked for, their settings stand at the defaults and change no identity."""
+    if set(config.score.signals) & {"grand", "less"}:
+        return config
+    return config_lib.override(
+        config, {f"score.gradients.{key}": value for key, value in config_lib.default_config().score.gradients.items()}
+    )
 
 
 def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") -> list[ArmRun]:

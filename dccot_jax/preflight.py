@@ -15,6 +15,7 @@ from dccot_jax.mix.groups import PlanError
 from dccot_jax.model.config import ModelError, from_config
 from dccot_jax.model.sharding import MeshError, mesh_shape
 from dccot_jax.select.columns import declared_columns
+from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
@@ -117,6 +118,7 @@ def _check_student(config: ConfigDict) -> None:
             f"config.evaluate.max_new_tokens: {config.evaluate.max_new_tokens} leaves no room for a prompt in {source} = {limit};"
             f" less than {limit} is needed"
         )
+    check_gradients(config, model)
 
 
 def _check_scorer(student: str) -> None:

@@ -7,10 +7,11 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dccot_jax import artifact, records
-from dccot_jax.artifact import ArtifactError, StageResult, Store
+from dccot_jax.artifact import ArtifactError, ArtifactWriter, StageResult, Store
 
 
 def _trace(**changes):
@@ -138,6 +139,22 @@ def test_chunks_stay_until_the_manifest_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "write_atomic", write)
     assert not any("chunks" in name for name in _finish(store).manifest["files"])
     assert not (writer.path / "chunks").exists()
+
+
+def test_row_groups_are_written_one_at_a_time_and_whole(tmp_path):
+    writer = ArtifactWriter(tmp_path)
+    tables = [pa.table({"id": [str(i)], "x": [float(i)]}) for i in range(3)]
+    writer.write_row_groups("features", iter(tables))
+    assert pq.ParquetFile(tmp_path / "features.parquet").num_row_groups == 3
+    assert pq.read_table(tmp_path / "features.parquet").equals(pa.concat_tables(tables))
+
+    def failing():
+        yield tables[0]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        writer.write_row_groups("torn", failing())
+    assert not (tmp_path / "torn.parquet").exists()
 
 
 def test_manifest_says_what_was_dropped(tmp_path):

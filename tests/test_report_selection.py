@@ -165,6 +165,8 @@ def test_costs_are_declared_and_measured(run: Run):
     assert declared_passes(["nll", "entropy"])["forward"] == 1 and declared_passes([])["forward"] == 0
     assert declared_passes(["student_error"])["generations"] == 1
     assert declared_passes(["mine", "nll"])["undeclared"] == ["mine"]
+    both = declared_passes(["grand", "less", "less_svamp"], snapshots=4)
+    assert (both["forward"], both["backward"], both["undeclared"]) == (5, 5, [])
 
 
 @pytest.mark.parametrize("name", signal_names())

@@ -19,6 +19,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.lora import DROPOUT, delta
 from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
+from dccot_jax.model.taps import Nudged, per_row
 
 Params = dict[str, Any]
 
@@ -153,10 +154,11 @@ def make_layer(
 
 def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any) -> jax.Array:
     """Rows of the embedding table: tokens [B, T] -> [B, T, D]; some families scale them by sqrt(D), rounded to the compute dtype."""
-    table = reshard(params["embed"], use_spec(mc, "embed"))
+    table, nudge = (params["embed"].weight, params["embed"].nudge) if isinstance(params["embed"], Nudged) else (params["embed"], None)
+    table = reshard(table, use_spec(mc, "embed"))
     spec = activation_spec(tokens.shape[0], None, None)
     rows = table[tokens] if spec is None else table.at[tokens].get(out_sharding=spec)
-    rows = rows.astype(compute_dtype)
+    rows = (rows if nudge is None else rows + nudge).astype(compute_dtype)
     return rows * jnp.asarray(mc.hidden_size**0.5, compute_dtype) if mc.arch.embed_scale else rows
 
 
@@ -164,9 +166,7 @@ def project_qkv(p: Params, mc: ModelConfig, x: jax.Array, cos: jax.Array, sin: j
     """Rotated q [B, T, K, G, H], rotated k [B, T, K, H] and v [B, T, K, H] of one layer's input x [B, T, D]."""
     batch, length = x.shape[:2]
     h = rms_norm(x, p["attn_norm"], mc)
-    q, k, v = (_project(p, mc, h, "w" + name) for name in "qkv")
-    if mc.qkv_bias:
-        q, k, v = q + p["bq"].astype(q.dtype), k + p["bk"].astype(k.dtype), v + p["bv"].astype(v.dtype)
+    q, k, v = (_biased(p, "b" + name, _project(p, mc, h, "w" + name)) for name in "qkv")
     q = _split_heads(mc, q, "wq", (batch, length, mc.num_kv_heads, mc.num_groups, mc.head_dim))
     k, v = (_split_heads(mc, y, name, (batch, length, mc.num_kv_heads, mc.head_dim)) for y, name in ((k, "wk"), (v, "wv")))
     if mc.arch.qk_norm:
@@ -197,7 +197,7 @@ def finish_layer(p: Params, mc: ModelConfig, x: jax.Array, attended: jax.Array) 
 
 def rms_norm(x: jax.Array, scale: jax.Array, mc: ModelConfig) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, or * (1 + scale); in float32, returned in x's dtype."""
-    wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    wide, scale = x.astype(jnp.float32), per_row(scale, x).astype(jnp.float32)
     if mc.arch.norm_offset:
         scale = 1.0 + scale
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + mc.rms_eps) * scale).astype(x.dtype)
@@ -210,7 +210,7 @@ def _project(p: Params, mc: ModelConfig, x: jax.Array, name: str) -> jax.Array:
 
 
 def _biased(p: Params, name: str, y: jax.Array) -> jax.Array:
-    return y + p[name].astype(y.dtype) if name in p else y
+    return y + per_row(p[name], y).astype(y.dtype) if name in p else y
 
 
 def _initial(mc: ModelConfig, name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:

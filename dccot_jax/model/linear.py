@@ -16,17 +16,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.sharding import explicit_mesh, reshard
+from dccot_jax.model.taps import Measure, Tapped
 
 SAVED = "linear_out"  # name of the values that the remat policy "dots" keeps
 
 
-def linear(x: jax.Array, w: jax.Array, *, use: P | None = None, out: P | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Tapped, *, use: P | None = None, out: P | None = None) -> jax.Array:
     """x [B, T, D] times w [D, F] -> [B, T, F] in the dtype of x; float32 accumulation.
 
     Args:
-      w: stored parameter of any float dtype; cast to x.dtype, then resharded to `use` (the FSDP gather).
+      w: stored parameter of any float dtype, cast to x.dtype, then resharded to `use` (the FSDP gather); tapped, each row's
+        gradient goes to its measure.
       use: spec of w at the point of use, or None outside a mesh. out: spec of the result.
     """
+    if isinstance(w, Tapped):
+        return checkpoint_name(_tapped(use, out, w.measure, x, w.weight, w.probe, w.aux), SAVED)
     return checkpoint_name(contract("btd,df->btf", x, w, use=use, out=out, dtype=x.dtype), SAVED)
 
 
@@ -42,7 +46,7 @@ def contract(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _contract(subscripts: str, use: P | None, out: P | None, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _dot(subscripts, a, reshard(b.astype(a.dtype), use), out).astype(dtype)
+    return dot(subscripts, a, reshard(b.astype(a.dtype), use), out).astype(dtype)
 
 
 def _forward(subscripts: str, use: P | None, out: P | None, dtype: Any, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
@@ -54,15 +58,37 @@ def _backward(subscripts: str, use: P | None, out: P | None, dtype: Any, saved: 
     inputs, result = subscripts.split("->")
     first, second = inputs.split(",")
     g = g.astype(a.dtype)
-    da = _dot(f"{result},{second}->{first}", g, reshard(b.astype(a.dtype), use), _spec_of(a))
-    db = _dot(f"{first},{result}->{second}", a, g, _spec_of(b))
+    da = dot(f"{result},{second}->{first}", g, reshard(b.astype(a.dtype), use), _spec_of(a))
+    db = dot(f"{first},{result}->{second}", a, g, _spec_of(b))
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
 _contract.defvjp(_forward, _backward)
 
 
-def _dot(subscripts: str, a: jax.Array, b: jax.Array, out: P | None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _tapped(use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any) -> jax.Array:
+    return dot("btd,df->btf", x, reshard(w.astype(x.dtype), use), out).astype(x.dtype)
+
+
+def _tapped_forward(
+    use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any
+) -> tuple[jax.Array, Any]:
+    return _tapped(use, out, measure, x, w, probe, aux), (x, w, aux)
+
+
+def _tapped_backward(use: P | None, out: P | None, measure: Measure, saved: Any, g: jax.Array) -> tuple[Any, ...]:
+    x, w, aux = saved
+    g = g.astype(x.dtype)
+    dx = dot("btf,df->btd", g, reshard(w.astype(x.dtype), use), _spec_of(x))
+    return dx.astype(x.dtype), None, measure.product(x, g, aux), None
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
+
+
+def dot(subscripts: str, a: jax.Array, b: jax.Array, out: P | None) -> jax.Array:
+    """einsum with a float32 result in spec `out`."""
     # float32 asked for is float32 given, also where the hardware's default is a faster format.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32, out_sharding=out)

@@ -148,15 +148,19 @@ def cost(run: ArmRun, reads: Sequence[str]) -> dict[str, Any]:
     `scored` describes the whole score artifact: its signals may be more than the recipe reads. Seconds are wall time, and where
     `rows_resumed` is not 0 those of the last session only.
     """
-    found: dict[str, Any] = {"declared": declared_passes(reads), "select_seconds": run.artifacts["select"].manifest["wall_seconds"]}
     score = run.artifacts.get("score")
+    facts = score.facts if score is not None else {}
+    snapshots = len(facts.get("less_checkpoints", ())) or 1
+    found: dict[str, Any] = {
+        "declared": declared_passes(reads, snapshots),
+        "select_seconds": run.artifacts["select"].manifest["wall_seconds"],
+    }
     if score is not None:
-        facts = score.facts
         student = facts.get("student", {})
         warmup = run.artifacts.get("train:warmup")
         found["scored"] = {
             "signals": list(facts.get("signals", ())),
-            "declared": declared_passes(facts.get("signals", ())),
+            "declared": declared_passes(facts.get("signals", ()), snapshots),
             "student": student.get("kind"),
             "compute_dtype": score.manifest["config"].get("compute_dtype"),
             "rows": score.manifest["rows_in"],

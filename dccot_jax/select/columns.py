@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dccot_jax.config import ConfigError
 from dccot_jax.select.candidates import FIELDS
+from dccot_jax.select.gradients.settings import validation_sources
 from dccot_jax.select.signals import VECTORS
 
 _NOT_SIGNALS = ("id", "group_id", *FIELDS)
@@ -61,8 +62,13 @@ def read_columns(tables: Iterable[pa.Table]) -> ScoreColumns:
 
 
 def declared_columns(cfg: ConfigDict) -> tuple[list[str], list[str]]:
-    """Names of numbers and of vectors that a run of this config will have to select by. Raises ConfigError as `check_table` does."""
+    """Names of numbers and of vectors that a run of this config will have to select by.
+
+    Raises ConfigError as `check_table` and `validation_sources` do.
+    """
     numbers, vectors = ([name for name in cfg.score.signals if (name in VECTORS) is wanted] for wanted in (False, True))
+    if "less" in numbers:
+        numbers += [f"less_{source.name}" for source in validation_sources(cfg)]
     for path in cfg.select.tables:
         found = check_table(path)
         numbers += found[0]

@@ -35,7 +35,7 @@ from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_me
 from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
 from dccot_jax.select import items as pieces
 from dccot_jax.select.relative import grape
-from dccot_jax.select.signals import ITEMS, RELATIVE, SAMPLED, VECTORS, VIEWS, Signal, required_stats, split_signals
+from dccot_jax.select.signals import GRADIENTS, ITEMS, RELATIVE, SAMPLED, VECTORS, VIEWS, Signal, required_stats, split_signals
 from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows, vector_array
 from dccot_jax.select.views import (
     TILE_TOKENS,
@@ -56,8 +56,9 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     """Score every row of `tokenize` with the student in `inputs` (``train`` if given, else ``student``).
 
     Writes scores.parquet (id, completion_tokens, one float32 column per signal, of fixed-size lists for vectors; sorted by
-    id), dropped.parquet and, for sampled signals, samples.jsonl. A row with a non-finite signal, no completion or more
-    tokens than the model has positions is dropped with a reason; no score is ever a default.
+    id), dropped.parquet, for sampled signals samples.jsonl and for `less` its features (`select/gradients/stage.py`). A row
+    with a non-finite signal, no completion or more tokens than the model has positions is dropped with a reason; no score is
+    ever a default.
 
     Raises ConfigError on an unknown signal, or a student with another tokenizer than the rows were made with.
     """
@@ -70,7 +71,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     tokens = inputs["tokenize"].table("tokens")
     rows, dropped = usable_rows(read_rows(tokens), student.mc.max_positions)
     columns, vectors, facts = _score_rows(cfg, student, mesh, rows, forward, others, out, ctx) if rows else ({}, {}, {})
-    if rows and set(others) - set(VECTORS):
+    if rows and set(others) - {*VECTORS, *GRADIENTS}:
         traces = {trace.id: trace for trace in table_to_traces(inputs["verify"].table("traces"))}
         for name in (name for name in others if name in RELATIVE):
             columns[name] = grape([traces[row.id] for row in rows], columns[RELATIVE[name]])
@@ -82,10 +83,16 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 
             column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
             columns["student_error"], dropped, facts = column, dropped + lost, facts | more
+    gradient_columns: dict[str, dict[str, float]] = {}
+    if rows and set(others) & set(GRADIENTS):
+        from dccot_jax.select.gradients import stage as gradients  # imports this module
+
+        gradient_columns, lost, more = gradients.score(cfg, source, student, mesh, rows, inputs, out, ctx)
+        dropped, facts = dropped + lost, facts | more
     if not ctx.is_main:
         return StageResult("")
 
-    columns = {name: column for name, column in columns.items() if name in cfg.score.signals}
+    columns = {name: column for name, column in columns.items() if name in cfg.score.signals} | gradient_columns
     dropped = list({d.id: d for d in reversed(dropped)}.values())  # two signals may lose the same row; the first reason counts
     gone = {d.id for d in dropped}
     kept, bad = finite_rows([row for row in rows if row.id not in gone], columns, vectors)

@@ -212,6 +212,20 @@ def train_task() -> Option:
     return Option(check, True)
 
 
+def subtasks() -> Option:
+    """Names of sub-tasks whose influence (`less_<name>`) was scored, one or more."""
+
+    def check(value: Any, where: str, columns: Columns | None) -> None:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ConfigError(f"{where}: {value!r} must be one or more sub-tasks of score.gradients.validation")
+        known = [] if columns is None else [name.removeprefix("less_") for name in columns.numbers if name.startswith("less_")]
+        for name in value if columns is not None else ():
+            if name not in known:
+                raise ConfigError(f"{where}: {name!r} is not one of {_list(known)}{nearest(str(name), known)}")
+
+    return Option(check)
+
+
 def check_number(name: Any, where: str, columns: Columns | None) -> None:
     """Raises ConfigError unless `name` is a number at hand."""
     if not isinstance(name, str) or not name:

@@ -15,13 +15,14 @@ class Passes:
     """Passes that one signal needs.
 
     Attributes:
-      forward: names of its forward passes over every row; signals that name the same one share it.
-      backward: backward passes over every row. generations: answers of the student per question.
+      forward, backward: names of its passes over every row; signals that name the same one share it.
+      generations: answers of the student per question. snapshots: the passes are made with every snapshot of a training.
     """
 
     forward: tuple[str, ...] = ()
-    backward: int = 0
+    backward: tuple[str, ...] = ()
     generations: int = 0
+    snapshots: bool = False
 
 
 # Signals that are not forward signals; those declare their views (`select/signals.py`), one forward pass each.
@@ -32,29 +33,33 @@ OTHERS: Mapping[str, Passes] = {
     "embedding_rationale": Passes(("conditional",)),
     "answer_gain": Passes(("answer after the rationale", "answer alone")),
     "local_naturalness": Passes(("steps (a short pass for each)",)),
+    "grand": Passes(("norm of the gradient",), ("norm of the gradient",)),
+    "less": Passes(("projected gradient",), ("projected gradient",), snapshots=True),
 }
 
 
-def declared_passes(names: Iterable[str]) -> dict[str, Any]:
-    """Passes of all `names` together.
+def declared_passes(names: Iterable[str], snapshots: int = 1) -> dict[str, Any]:
+    """Passes of all `names` together, with so many `snapshots` of the student where a signal needs them.
 
     Returns {forward, backward: per row; generations: per question; views: names of the forward passes; undeclared: names that declare
     nothing, such as columns of the user's own tables}.
     """
     views: dict[str, None] = {}
-    backward = generations = 0
+    backward: dict[str, None] = {}
+    generations = 0
     undeclared = []
     for name in sorted(set(names)):
-        found = OTHERS.get(name) or _forward_signal(name)
+        found = OTHERS.get("less" if name.startswith("less_") else name) or _forward_signal(name)
         if found is None:
             undeclared.append(name)
             continue
-        views |= dict.fromkeys(found.forward)
-        backward += found.backward
+        marks = [f", snapshot {n + 1}" for n in range(snapshots)] if found.snapshots else [""]
+        views |= {name + mark: None for name in found.forward for mark in marks}
+        backward |= {name + mark: None for name in found.backward for mark in marks}
         generations = max(generations, found.generations)  # signals of one sample share it
     return {
         "forward": len(views),
-        "backward": backward,
+        "backward": len(backward),
         "generations": generations,
         "views": list(views),
         "undeclared": undeclared,

@@ -23,6 +23,7 @@ A step of `config.select.steps` is a dict {"name": ..., options}; steps apply in
   dsir                `target` (a task), budget, `text`, `sample`, `buckets`
   s1k                 `by` (a label), budget, `signal`, `weights`
   limo                budget
+  less_topk           budget, `tasks`: the sub-tasks of `score.gradients.validation` that count (all)
   s2l                 `vector`, budget, `clusters`
 
 Budget: exactly one of `rows` (traces), `tokens` (completion tokens of the student's tokenizer) or `share` (of the rows
@@ -49,6 +50,7 @@ from dccot_jax.select.methods.deita import deita
 from dccot_jax.select.methods.dsir import corpus_name, dsir
 from dccot_jax.select.methods.facility_location import facility_location
 from dccot_jax.select.methods.kcenter import kcenter
+from dccot_jax.select.methods.less_topk import less_topk
 from dccot_jax.select.methods.limo import limo
 from dccot_jax.select.methods.minhash import minhash
 from dccot_jax.select.methods.pareto import pareto
@@ -119,6 +121,7 @@ RULES: dict[str, Rule] = {
     ),
     "s1k": Rule(s1k, {"by": option.label(), "signal": option.signal(), "weights": option.weights()}, "required"),
     "limo": Rule(limo, {}, "required"),
+    "less_topk": Rule(less_topk, {"tasks": option.subtasks()}, "required", reads=("less",)),
     "s2l": Rule(s2l, {"vector": option.vector(), "clusters": option.whole(1)}, "required"),
 }
 

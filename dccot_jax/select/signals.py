@@ -4,7 +4,8 @@ A forward signal is `f(stats, mask) -> scalar` for one row. `stats[view][stat]` 
 scored completion position, mask 1.0 on real positions and 0.0 on padding. The engine vmaps it over rows and runs one
 forward per view for all requested signals together. Adding one is adding one function here. The other kinds: vectors of
 hidden states (`VECTORS`, pooled in the same forward), signals over pieces of a row (`select/items.py`), signals relative
-to the other rows of a question (`select/relative.py`), and sampled ones (`select/sampled.py`).
+to the other rows of a question (`select/relative.py`), sampled ones (`select/sampled.py`), and gradients
+(`select/gradients/`).
 
 Views (`select/views.py` builds them; both score exactly the same completion tokens, end-of-turn token included):
   conditional: the rendered prompt, then the completion.
@@ -34,7 +35,9 @@ ITEMS = ("answer_gain", "local_naturalness")
 RELATIVE = {"grape": "nll"}
 # Signals that need the student to write an answer; `select/sampled.py` makes their columns.
 SAMPLED = ("student_error",)
-_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED)
+# Signals made of gradients; `select/gradients/` makes their columns.
+GRADIENTS = ("grand", "less")
+_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED, *GRADIENTS)
 RANK_LIMIT = 100.0
 
 Stats = Mapping[str, Mapping[str, jax.Array]]

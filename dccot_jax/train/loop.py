@@ -7,7 +7,7 @@ Where the state comes from, first match wins:
 
 Files: ``final/`` (parameters; adapters are merged into them), ``adapter/`` (PEFT, where adapters were trained), ``final.json``,
 ``student.json`` and ``tokenizer/`` (copied, so that the artifact stands alone), ``train_log.jsonl``, ``tensorboard/``;
-``checkpoints/`` while it runs.
+``checkpoints/`` while it runs; ``snapshots/`` where the config asks for them.
 
 At most two steps are in flight: the metrics of step n-1 are read after step n was dispatched. That hides the host's work,
 bounds the memory of queued batches, and is what keeps many fake CPU devices from dead-locking. In float32 on one mesh the
@@ -49,6 +49,7 @@ from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
 from dccot_jax.train.losses import BATCH_FIELDS, Distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.skips import Skips, Unit, only
+from dccot_jax.train.snapshots import SNAPSHOTS, describe_snapshots, save_snapshot
 from dccot_jax.train.states import TrainCheckpoints, remove_all_but_best
 from dccot_jax.train.step import abstract_state, init_state, make_train_step, with_constants
 from dccot_jax.train.teacher import abstract_teacher, load_teacher, teacher_settings
@@ -118,6 +119,7 @@ def run(
         rows = local_rows(mesh, rows_per_step)
         source = PlanSource.from_artifacts(plan, inputs["tokenize"], rows=rows)
         epochs = _epochs(plan, about)
+        snapshots = describe_snapshots(cfg.train, steps)
         voting = ctx.process_count > 1
 
         def feed(local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -192,6 +194,8 @@ def run(
                 if step == steps or due or stopping:
                     finish_step(*pending)
                     pending = None
+                if any(step == snapshot["step"] for snapshot in snapshots):  # before a checkpoint says that this step is past
+                    save_snapshot(out.file(SNAPSHOTS), step, state)
                 if due or stopping:
                     record = {"window": window.state(), "totals": dict(totals), "last_loss": last_loss}
                     record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
@@ -219,6 +223,7 @@ def run(
             "epochs": round(float(epochs[-1]), 6),
             "seconds": round(totals["seconds"], 3),
             "sequences": about["sequences"]["seen"],
+            "snapshots": snapshots,
         }
     if mc.lora is not None:
         adapters.save_adapter(out, state["params"], mc, student.json("student")["weights"].get("path", ""))

@@ -1,0 +1,1 @@
+"""The gradient kind of signals: `grand` and `less`."""
