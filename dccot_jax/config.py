@@ -244,6 +244,7 @@ ADDED_LATER = {
     "train.lora.dropout": 0.0,
     "train.lora.targets": [],
     "train.lora.frozen_dtype": "float32",
+    "train.snapshots": 0,
 }
 
 # What still has a meaning in a section whose kind is "none".

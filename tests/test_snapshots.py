@@ -9,9 +9,9 @@ from training_cases import TINY, mesh, run_config, write_training
 
 from dccot_jax.artifact import ArtifactError, ArtifactWriter
 from dccot_jax.context import Context
-from dccot_jax.train.checkpoint import restore_params
+from dccot_jax.train.checkpoint import abstract_params, restore_params
 from dccot_jax.train.loop import run
-from dccot_jax.train.snapshots import describe_snapshots, restore_snapshot, snapshot_steps
+from dccot_jax.train.snapshots import describe_snapshots, restore_snapshot, restore_snapshot_params, snapshot_steps
 
 
 class Killed(Exception):
@@ -46,13 +46,23 @@ def test_a_killed_training_leaves_the_same_snapshots(inputs, tmp_path):
     for step in (4, 8, 12):
         first, second = (restore_snapshot(a, step, TINY, on) for a in (whole, killed))
         jax.tree.map(np.testing.assert_array_equal, first, second)
+        jax.tree.map(np.testing.assert_array_equal, first["params"], restore_snapshot_params(whole, step, TINY, on))
         assert set(first) == {"params", "mu", "nu"}
         assert all((np.asarray(leaf) >= 0).all() and np.asarray(leaf).any() for leaf in jax.tree.leaves(first["nu"]))
         assert first["mu"]["layers"]["wq"].sharding == first["params"]["layers"]["wq"].sharding
     last = restore_snapshot(whole, 12, TINY, on)["params"]
-    jax.tree.map(np.testing.assert_array_equal, last, restore_params(tmp_path / "whole" / "final", TINY, on))
+    jax.tree.map(np.testing.assert_array_equal, last, restore_params(tmp_path / "whole" / "final", abstract_params(TINY, on)))
     with pytest.raises(ArtifactError, match=r"snapshots/5: snapshot does not read"):
         restore_snapshot(whole, 5, TINY, on)
+    with pytest.raises(ArtifactError, match=r"snapshots/5: parameters do not read"):
+        restore_snapshot_params(whole, 5, TINY, on)
+
+
+def test_a_training_with_muon_keeps_parameters_alone(inputs, tmp_path):
+    train(inputs, tmp_path / "muon", run_config(snapshots=2, optimizer="muon"))
+    artifact = ArtifactWriter(tmp_path / "muon")
+    last = restore_snapshot_params(artifact, 12, TINY, mesh(1, 1, 1))
+    jax.tree.map(np.testing.assert_array_equal, last, restore_params(tmp_path / "muon" / "final", abstract_params(TINY, mesh(1, 1, 1))))
 
 
 def test_steps_and_learning_rates():

@@ -16,7 +16,7 @@ from etils import epath
 
 from dccot_jax.artifact import Artifact, ArtifactError
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.train.checkpoint import abstract_params, save_params
+from dccot_jax.train.checkpoint import abstract_params, restore_params, save_params
 from dccot_jax.train.optimizer import make_schedule
 
 SNAPSHOTS = "snapshots"  # directory in a train artifact; one folder per step
@@ -56,3 +56,11 @@ def restore_snapshot(artifact: Artifact, step: int, mc: ModelConfig, mesh: Any) 
             return reader.restore(path, {"params": like, "mu": like, "nu": like})
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: snapshot does not read ({str(error).splitlines()[0][:200]})") from error
+
+
+def restore_snapshot_params(artifact: Artifact, step: int, mc: ModelConfig, mesh: Any) -> Any:
+    """The parameters alone of one snapshot on `mesh`, float32; the moments, which a training with Muon has none of, are not read.
+
+    Raises ArtifactError if it is not there or does not read.
+    """
+    return restore_params(artifact.file(SNAPSHOTS) / str(step), abstract_params(mc, mesh), inside="params")
