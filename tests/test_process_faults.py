@@ -19,6 +19,7 @@ from tiny import tiny_config
 
 from dccot_jax import pipeline
 from dccot_jax.context import Context
+from dccot_jax.processes import HEARTBEAT_SECONDS
 from dccot_jax.stopping import LOST_PEER, STOPPED
 from dccot_jax.train.logs import read_log
 
@@ -27,10 +28,13 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 DEVICES = 4  # of a run, however many processes share them
 STEPS = 140
+PATIENCE = 900  # seconds: what is noticed by its closed connections is so at once, and a machine that stands still is no fault
 CONFIG = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(HERE)!r})
+from dccot_jax import processes
 from test_process_faults import config as get_config
+processes.HEARTBEAT_SECONDS = int(os.environ["TEST_HEARTBEAT"])
 """
 
 
@@ -45,7 +49,7 @@ def config():
 class Run:
     """The processes of one attempt at the command."""
 
-    def __init__(self, workdir: Path, processes: int, *, until: str = "train"):
+    def __init__(self, workdir: Path, processes: int, *, heartbeat: int = PATIENCE):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,6 +58,7 @@ class Run:
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} --xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
+            "TEST_HEARTBEAT": str(heartbeat),
         }
         command = [
             sys.executable,
@@ -62,7 +67,7 @@ class Run:
             "run",
             f"--config={workdir.parent / 'config.py'}",
             f"--workdir={workdir}",
-            f"--until={until}",
+            "--until=train",
         ]
         if processes > 1:
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
@@ -192,7 +197,7 @@ def test_a_disk_full_for_one_process_ends_both_and_leaves_the_checkpoint_before(
 
 
 def test_a_process_that_falls_silent_ends_the_other_within_two_minutes(workdir):
-    with Run(workdir, 2) as run:
+    with Run(workdir, 2, heartbeat=HEARTBEAT_SECONDS) as run:
         run.reach(60)
         run.processes[1].send_signal(signal.SIGSTOP)
         code = run.processes[0].wait(120)
@@ -261,6 +266,7 @@ def _worker(workdir: Path, port: int, stage: str, index: int) -> None:
     from dccot_jax.stopping import Stopped
     from dccot_jax.teachers.cache import RequestCache
 
+    processes.HEARTBEAT_SECONDS = PATIENCE
     processes.join(f"127.0.0.1:{port}", 2, index)
     verify.CHUNK_ROWS = 20
     ctx = Context(workdir, process_index=index, process_count=2)

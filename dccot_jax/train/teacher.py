@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any) -> Distil
     if distill.kind == "none":
         return None
     try:
-        found = resolve_checkpoint(Path(distill.teacher).expanduser())
+        found = resolve_checkpoint(epath.Path(distill.teacher).expanduser())
         if isinstance(found, Artifact):
             teacher, tokenizer = ModelConfig.from_dict(found.json("student")["model"]), found.file("tokenizer")
         else:
@@ -46,7 +46,7 @@ def load_teacher(settings: Distillation | None, distill: Any, mesh: jax.sharding
     """{"teacher": its parameters on the mesh} where there is one."""
     if settings is None:
         return {}
-    path = Path(distill.teacher).expanduser()
+    path = epath.Path(distill.teacher).expanduser()
     return {"teacher": load_student(path, mesh, param_dtype=jnp.dtype(distill.teacher_dtype)).params}
 
 
