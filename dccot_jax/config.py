@@ -110,6 +110,28 @@ def default_config() -> ConfigDict:
     c.score.gradients.seed = 0  # less: of the projection
     # less: sub-tasks, each {"task": "svamp", "split": "train", "rows": 32} or {"traces": 32}; (): 32 items of the training task.
     c.score.gradients.validation = ()
+    # Models to compare the student with, each a train artifact or a Hugging Face directory with the student's tokenizer:
+    c.score.models = ConfigDict({"holdout": "", "reference": "", "teacher": ""})  # of rho, excess, teacher_student_gap
+    c.score.over_time = ConfigDict()  # s2l, forgetting, learning_speed
+    c.score.over_time.snapshots = 4  # of the warm-up training; or as many as a given train artifact holds
+    c.score.over_time.learned = 0.8  # forgetting: token accuracy from which a row counts as learned
+    c.score.judge = ConfigDict()  # judge, judge_<criterion>, proxy_complexity, proxy_quality
+    c.score.judge.judges = ()  # teachers that grade, each a dict as in traces.teachers; two or more: their agreement is reported
+    c.score.judge.temperature = 0.0
+    c.score.judge.max_tokens = 512
+    c.score.judge.retries = 2  # further requests where a reply is no verdict; then the row has no score
+    c.score.deita = ConfigDict()  # deita_complexity, deita_quality
+    c.score.deita.complexity_model = ""  # as score.models, any tokenizer; "": the student itself, as a proxy
+    c.score.deita.quality_model = ""
+    c.score.deita.complexity_prompt = (
+        "Grade how complex the question below is, from 1 (immediate) to 6 (hard for an expert). Reply with the number alone.\n\n"
+        "Question: {question}"
+    )
+    c.score.deita.quality_prompt = (
+        "Grade the response to the question below, from 1 (useless) to 6 (could hardly be better). Reply with the number alone.\n\n"
+        "Question: {question}\nResponse: {response}"
+    )
+    c.score.deita.chat = True  # the prompt in the model's chat template; False: as plain text
 
     c.select = ConfigDict()
     # Selectors applied in order, e.g. ({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_loss", "rows": 500}).
@@ -215,6 +237,9 @@ UNHASHED = frozenset(
         "mesh",
         "score.batch_tiles",
         "score.chunk_rows",
+        "score.deita.complexity_model",
+        "score.deita.quality_model",
+        "score.models",
         "select.tables",
         "train.checkpoint_every",
         "train.keep_checkpoints",

@@ -9,7 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
-from dccot_jax.artifact import MANIFEST, file_hash, open_artifact
+from dccot_jax.artifact import MANIFEST, Artifact, file_hash, open_artifact
+from dccot_jax.records import content_hash
 
 
 @functools.lru_cache(maxsize=512)
@@ -57,12 +58,18 @@ def trace_files(config: ConfigDict) -> dict[str, str]:
 
 
 def score_files(config: ConfigDict) -> dict[str, str]:
-    """Hashes of the local files of the tasks that `less` takes validation items from."""
+    """Hashes of the local files of the tasks that `less` takes validation items from; and what the models are that signals read
+    beside the student, by config key: an artifact's logical hash, a directory's files."""
     from dccot_jax.select.gradients.settings import validation_sources
+    from dccot_jax.select.settings import models_read
+    from dccot_jax.select.two_model import open_other
 
-    if "less" not in config.score.signals:
-        return {}
-    return _local_hashes(config, [source.task for source in validation_sources(config) if source.task])
+    sources = validation_sources(config) if "less" in config.score.signals else ()
+    found = _local_hashes(config, [source.task for source in sources if source.task])
+    for key, path in models_read(config).items():
+        model, _ = open_other(key, path)
+        found[key] = model.logical_hash if isinstance(model, Artifact) else content_hash("model/1", _model_files(path), digits=64)
+    return found
 
 
 def select_files(config: ConfigDict) -> dict[str, str]:

@@ -35,6 +35,7 @@ from dccot_jax.context import Context
 from dccot_jax.external import EXTERNAL
 from dccot_jax.preflight import check
 from dccot_jax.records import content_hash
+from dccot_jax.select.settings import sections_read, snapshots_needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ STAGES = {
             "score",
             "dccot_jax.select.engine:run",
             1,
-            ("score.signals", "score.gradients", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
+            ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
             "score_files",
         ),
         Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed"), "select_files"),
@@ -146,6 +147,8 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
 
     def add(name: str, inputs: Mapping[str, str], cfg: ConfigDict = config, facets: Mapping[str, str] | None = None) -> None:
         stage = STAGES[name.split(":")[0]]
+        if stage.kind == "score":
+            stage = dataclasses.replace(stage, config_keys=(*stage.config_keys, *sections_read(cfg)))
         if stage.kind in DATA_STAGES:
             cfg = config_lib.override(cfg, {"seed": cfg.traces.seed})
         nodes[name] = Node(name, stage, cfg, dict(inputs), facets or {})
@@ -161,7 +164,6 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
     rows = {"verify": "verify", "tokenize": "tokenize"}
     scored: dict[str, str] = {}
     if config.score.signals:
-        scoring = _scoring(config)
         if config.score.student == "warmup":
             short = config_lib.override(
                 config,
@@ -172,17 +174,17 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
                     "mix.total_tokens": 0,
                     "curriculum.kind": "none",
                     "train.steps": config.score.warmup.steps,
-                    "train.snapshots": config.score.gradients.checkpoints if "less" in config.score.signals else 0,
+                    "train.snapshots": snapshots_needed(config),
                 },
             )
             add("select:warmup", rows, short)
             add("plan:warmup", {**rows, "select": "select:warmup"}, short)
             add("train:warmup", {"plan": "plan:warmup", "tokenize": "tokenize", "student": "student"}, short)
-            add("score", {**rows, "train": "train:warmup"}, scoring)
+            add("score", {**rows, "train": "train:warmup"})
         elif config.score.student == "base":
-            add("score", {**rows, "student": "student"}, scoring)
+            add("score", {**rows, "student": "student"})
         else:
-            add("score", {**rows, "train": f"path:{config.score.student}"}, scoring)
+            add("score", {**rows, "train": f"path:{config.score.student}"})
         scored = {"score": "score"}
     add("select", {**rows, **scored})
     add("plan", {**rows, **scored, "select": "select"})
@@ -191,15 +193,6 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
         add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})
     return nodes
-
-
-def _scoring(config: ConfigDict) -> ConfigDict:
-    """The config that `score` sees: where no gradient signal is asked for, their settings stand at the defaults and change no identity."""
-    if set(config.score.signals) & {"grand", "less"}:
-        return config
-    return config_lib.override(
-        config, {f"score.gradients.{key}": value for key, value in config_lib.default_config().score.gradients.items()}
-    )
 
 
 def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") -> list[ArmRun]:

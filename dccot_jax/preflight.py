@@ -17,6 +17,7 @@ from dccot_jax.model.sharding import MeshError, mesh_shape
 from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
+from dccot_jax.select.settings import check_settings
 from dccot_jax.select.signals import split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
 from dccot_jax.teachers.build import TeacherError, make_teacher
@@ -72,6 +73,7 @@ def _check_arm(config: ConfigDict, devices: int | None) -> None:
             raise ConfigError(str(error)) from None
     _check_student(config)
     _check_scorer(str(config.score.student))
+    check_settings(config)
 
 
 def _check_tasks(config: ConfigDict) -> None:

@@ -150,7 +150,7 @@ def cost(run: ArmRun, reads: Sequence[str]) -> dict[str, Any]:
     """
     score = run.artifacts.get("score")
     facts = score.facts if score is not None else {}
-    snapshots = len(facts.get("less_checkpoints", ())) or 1
+    snapshots = len(facts.get("less_checkpoints") or facts.get("snapshots") or ()) or 1
     found: dict[str, Any] = {
         "declared": declared_passes(reads, snapshots),
         "select_seconds": run.artifacts["select"].manifest["wall_seconds"],

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dccot_jax.config import ConfigError
 from dccot_jax.select.candidates import FIELDS
 from dccot_jax.select.gradients.settings import validation_sources
-from dccot_jax.select.signals import VECTORS
+from dccot_jax.select.signals import VECTOR_COLUMNS
 
 _NOT_SIGNALS = ("id", "group_id", *FIELDS)
 
@@ -66,7 +66,7 @@ def declared_columns(cfg: ConfigDict) -> tuple[list[str], list[str]]:
 
     Raises ConfigError as `check_table` and `validation_sources` do.
     """
-    numbers, vectors = ([name for name in cfg.score.signals if (name in VECTORS) is wanted] for wanted in (False, True))
+    numbers, vectors = ([name for name in cfg.score.signals if (name in VECTOR_COLUMNS) is wanted] for wanted in (False, True))
     if "less" in numbers:
         numbers += [f"less_{source.name}" for source in validation_sources(cfg)]
     for path in cfg.select.tables:

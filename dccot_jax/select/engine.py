@@ -12,6 +12,7 @@ through the same program once more, with the pieces as rows.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,21 @@ from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_me
 from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
 from dccot_jax.select import items as pieces
 from dccot_jax.select.relative import grape
-from dccot_jax.select.signals import GRADIENTS, ITEMS, RELATIVE, SAMPLED, VECTORS, VIEWS, Signal, required_stats, split_signals
+from dccot_jax.select.signals import (
+    DEITA,
+    GRADIENTS,
+    ITEMS,
+    JUDGED,
+    OVER_TIME,
+    RELATIVE,
+    SAMPLED,
+    TWO_MODEL,
+    VECTORS,
+    VIEWS,
+    Signal,
+    required_stats,
+    split_signals,
+)
 from dccot_jax.select.tables import finite_rows, read_rows, scores_table, usable_rows, vector_array
 from dccot_jax.select.views import (
     TILE_TOKENS,
@@ -71,7 +86,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     tokens = inputs["tokenize"].table("tokens")
     rows, dropped = usable_rows(read_rows(tokens), student.mc.max_positions)
     columns, vectors, facts = _score_rows(cfg, student, mesh, rows, forward, others, out, ctx) if rows else ({}, {}, {})
-    if rows and set(others) - {*VECTORS, *GRADIENTS}:
+    if rows and set(others) - {*VECTORS, *GRADIENTS, *TWO_MODEL, *OVER_TIME}:
         traces = {trace.id: trace for trace in table_to_traces(inputs["verify"].table("traces"))}
         for name in (name for name in others if name in RELATIVE):
             columns[name] = grape([traces[row.id] for row in rows], columns[RELATIVE[name]])
@@ -83,12 +98,25 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 
             column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
             columns["student_error"], dropped, facts = column, dropped + lost, facts | more
+        if set(others) & {*JUDGED, *DEITA}:
+            from dccot_jax.select import beyond  # imports this module
+
+            found = beyond.grade(cfg, others, student, mesh, [traces[row.id] for row in rows], out, ctx)
+            columns, dropped, facts = columns | found.columns, dropped + found.dropped, facts | found.facts
     gradient_columns: dict[str, dict[str, float]] = {}
     if rows and set(others) & set(GRADIENTS):
         from dccot_jax.select.gradients import stage as gradients  # imports this module
 
         gradient_columns, lost, more = gradients.score(cfg, source, student, mesh, rows, inputs, out, ctx)
         dropped, facts = dropped + lost, facts | more
+    if rows and set(others) & {*TWO_MODEL, *OVER_TIME}:
+        from dccot_jax.select import beyond
+
+        student = dataclasses.replace(student, params=None)  # its memory is for the next model
+        tokenizer = inputs["tokenize"].facts["tokenizer_hash"]
+        found = beyond.compare(cfg, others, source, student, mesh, rows, columns.get("nll", {}), tokenizer, out, ctx)
+        columns, vectors = columns | found.columns, vectors | found.vectors
+        dropped, facts = dropped + found.dropped, facts | found.facts
     if not ctx.is_main:
         return StageResult("")
 
@@ -251,11 +279,12 @@ def _score_rows(
     ctx: Context,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """Forward signals (with those that relative ones are made of) and vectors, each {name: {row id: value}}, and facts."""
-    needed, _ = split_signals([*(signal.name for signal in forward), *(RELATIVE[name] for name in others if name in RELATIVE)])
+    under = [*(RELATIVE[name] for name in others if name in RELATIVE), *("nll" for name in others if name in TWO_MODEL)]
+    needed, _ = split_signals([*(signal.name for signal in forward), *under])
     vectors = tuple(name for name in others if name in VECTORS)
     if not needed and not vectors:
         return {}, {}, {}
-    scored, facts = _score_forward(cfg, student, mesh, rows, needed, vectors, "score", out, ctx)
+    scored, facts = score_forward(cfg, student, mesh, rows, needed, vectors, "score", out, ctx)
     return {signal.name: scored[signal.name] for signal in needed}, {name: scored[name] for name in vectors}, facts
 
 
@@ -274,14 +303,14 @@ def _score_items(
     if not items.rows:
         return {}, items.dropped, {}
     (nll,), _ = split_signals(["nll"])
-    scored, facts = _score_forward(cfg, student, mesh, items.rows, (nll,), (), name, out, ctx)
+    scored, facts = score_forward(cfg, student, mesh, items.rows, (nll,), (), name, out, ctx)
     return pieces.reduce(name, items, scored["nll"]) if ctx.is_main else {}, items.dropped, facts
 
 
 # --- chunks -------------------------------------------------------------------------------------------------------------
 
 
-def _score_forward(
+def score_forward(
     cfg: ConfigDict,
     student: Student,
     mesh: Mesh,
@@ -291,14 +320,17 @@ def _score_forward(
     kind: str,
     out: ArtifactWriter,
     ctx: Context,
+    *,
+    program: Program | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """({signal or vector: {row id: value}}, facts); columns are empty on processes other than 0. Committed chunks are not repeated.
 
-    `kind` names the chunks: "score" for the rows themselves, else the signal whose items `rows` are.
+    `kind` names the chunks: the signal whose items `rows` are, else "score" or the model that reads the rows themselves.
+    `program`: makes the columns of `signals` in place of `make_program`'s.
     """
     views = required_views(signals, vectors)
     # the buckets of rows allow for the context whatever is asked for, so that no score depends on it; items have one view
-    context = completion_context(load_tokenizer(student.tokenizer_dir), rows) if kind == "score" else []
+    context = completion_context(load_tokenizer(student.tokenizer_dir), rows) if kind not in (*ITEMS, *DEITA) else []
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
     tiles = plan_tiles(rows, len(context), shards=shards, tile_tokens=tile_tokens)
@@ -311,7 +343,7 @@ def _score_forward(
     drop_other_layouts(out, ctx, f"{kind}-", layout[:12])
     done = committed(out, ctx, series, len(chunks))
 
-    program = make_program(student.mc, signals, cfg.compute_dtype, vectors)
+    program = program or make_program(student.mc, signals, cfg.compute_dtype, vectors)
     params = cast_matrices(student.params, cfg.compute_dtype, mesh)
     started, scored = time.monotonic(), 0
     with ctx.progress(kind, len(rows)) as meter:

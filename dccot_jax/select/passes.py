@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dccot_jax.config import ConfigError
-from dccot_jax.select.signals import required_stats, split_signals
+from dccot_jax.select.signals import JUDGED, OVER_TIME, TWO_MODEL, required_stats, split_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ OTHERS: Mapping[str, Passes] = {
     "local_naturalness": Passes(("steps (a short pass for each)",)),
     "grand": Passes(("norm of the gradient",), ("norm of the gradient",)),
     "less": Passes(("projected gradient",), ("projected gradient",), snapshots=True),
+    "deita_complexity": Passes(("complexity prompt",)),
+    "deita_quality": Passes(("quality prompt",)),
+    **{name: Passes(("conditional", f"conditional ({role} model)")) for name, role in TWO_MODEL.items()},
+    **dict.fromkeys(OVER_TIME, Passes(("conditional",), snapshots=True)),
+    **dict.fromkeys(JUDGED, Passes()),  # requests to teachers, no pass
 }
 
 

@@ -37,7 +37,16 @@ RELATIVE = {"grape": "nll"}
 SAMPLED = ("student_error",)
 # Signals made of gradients; `select/gradients/` makes their columns.
 GRADIENTS = ("grand", "less")
-_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED, *GRADIENTS)
+# Signals of teachers that grade rows; `select/judged.py`, the rubrics behind them in `select/rubrics.py`.
+JUDGED = ("judge", "judge_clarity", "judge_coherence", "judge_correctness", "proxy_complexity", "proxy_quality")
+# Grades from the logits of a local model; `select/deita_scores.py`.
+DEITA = ("deita_complexity", "deita_quality")
+# Signals that subtract the loss of another model, and its key in `config.score.models`; `select/two_model.py`.
+TWO_MODEL = {"excess": "reference", "rho": "holdout", "teacher_student_gap": "teacher"}
+# Signals over the snapshots of a training; `select/trajectories.py`. One of them is a vector.
+OVER_TIME = ("forgetting", "learning_speed", "s2l")
+VECTOR_COLUMNS = (*VECTORS, "s2l")
+_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED, *GRADIENTS, *JUDGED, *DEITA, *TWO_MODEL, *OVER_TIME)
 RANK_LIMIT = 100.0
 
 Stats = Mapping[str, Mapping[str, jax.Array]]
@@ -154,6 +163,16 @@ def ifd_ppl(stats: Stats, mask: Mask) -> jax.Array:
 def entropy(stats: Stats, mask: Mask) -> jax.Array:
     """Mean entropy of the student's next-token distribution over the completion positions given the prompt, nats."""
     return _mean(stats["conditional"]["entropy"], mask["conditional"])
+
+
+@signal(conditional=("label_logp", "label_rank"))
+def token_accuracy(stats: Stats, mask: Mask) -> jax.Array:
+    """Share of completion tokens that are the student's most probable token given the prompt and the tokens before (ties count).
+
+    What Tirumala et al. (arXiv 2205.10770) call memorised, per token. NaN where a probability is not finite.
+    """
+    share = _mean((stats["conditional"]["label_rank"] == 1.0).astype(jnp.float32), mask["conditional"])
+    return jnp.where(jnp.isfinite(nll(stats, mask)), share, jnp.nan)
 
 
 @signal(conditional=("margin",))

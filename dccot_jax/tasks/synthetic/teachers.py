@@ -13,11 +13,13 @@ beginning of a line, come after that line, with any instruction text between:
   Task: new question        Question:                          -> New question: ...
   Task: backward question   Question:, Answer:                 -> Backward question: ...
   Task: consistency         Question 1:, Answer 1:, Question 2:, Answer 2:   -> reasoning, last line True or False
+  Task: judge               Question:, Response:               -> a JSON verdict (`judging.py`)
+  Task: complexity and quality   the same                      -> the same
 
 Options shown with a question, as ``(A) ball (B) cup``, are repeated after a new or a backward question.
 
 Anything else is a question to solve, forward or backward. Augmenters' requests are answered correctly in every style;
-only solving a forward question in style ``noisy`` goes wrong.
+only solving a forward question in style ``noisy`` goes wrong, and judging one by an answer that was found so.
 
 Sampling. ``sample_index`` 0, or temperature 0, gives the teacher's own style. With temperature above 0 the samples 1, 2,
 3, ... walk through the other answer paths (grouped, narrated, chained), starting where ``seed`` says.
@@ -33,6 +35,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dccot_jax.records import Request, Response, content_hash, derive_seed
+from dccot_jax.tasks.synthetic import judging
 from dccot_jax.tasks.synthetic.arithmetic import ARITHMETIC
 from dccot_jax.tasks.synthetic.calendar import CALENDAR
 from dccot_jax.tasks.synthetic.family import PATHS, Family, options, skeleton_split
@@ -45,7 +48,7 @@ VERSION = 1  # raise when any reply changes: it is part of the cache key
 
 TASK_LINE = "Task:"
 REPHRASE, NEW_QUESTION, BACKWARD_QUESTION, CONSISTENCY = "rephrase", "new question", "backward question", "consistency"
-QUESTION, ANSWER = "Question:", "Answer:"
+QUESTION, ANSWER, RESPONSE = "Question:", "Answer:", "Response:"
 QUESTION_1, ANSWER_1, QUESTION_2, ANSWER_2 = "Question 1:", "Answer 1:", "Question 2:", "Answer 2:"
 REPHRASED_REPLY, NEW_REPLY, BACKWARD_REPLY = "Rephrased question:", "New question:", "Backward question:"
 
@@ -100,6 +103,8 @@ class ScriptedTeacher:
         kind = task[1].lower()
         if kind == CONSISTENCY:
             return _consistency(blocks)
+        if kind in (judging.JUDGE, judging.PROXY):
+            return self._judge(kind, text[task.end() :])
         family, problem = _read(_need(blocks, QUESTION))
         rng = random.Random(derive_seed(request.seed, "augment", kind, request.sample_index, _need(blocks, QUESTION)))
         if kind == REPHRASE:
@@ -127,6 +132,15 @@ class ScriptedTeacher:
                 rationale, answer = family.solve_backward(backward, self.style, path)
                 return self._written(rationale, answer, text)
         raise UnreadableRequest("unknown family")
+
+    def _judge(self, rubric: str, text: str) -> str:
+        _, _, after = text.partition(f"\n{QUESTION}")
+        question, found, response = after.partition(f"\n{RESPONSE}")
+        if not found:
+            raise UnreadableRequest(f"the request has no {RESPONSE!r} block")
+        family, problem = _read(question)
+        answer = family.answer(problem, self.style == "noisy" and is_misread(family, problem))
+        return judging.verdict(rubric, question, response, _states(response, answer, options(question)))
 
     def _written(self, rationale: str, answer: str, text: str) -> str:
         letter = options(text).get(answer)

@@ -1,0 +1,90 @@
+"""What the settings of single signals are worth: who reads which section of `config.score`, and checks of them before any work."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dccot_jax.artifact import Artifact
+from dccot_jax.config import ConfigError, lookup
+from dccot_jax.data.template import TemplateError
+from dccot_jax.data.tokenizer import embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
+from dccot_jax.select.deita_scores import check_prompts, digit_tokens, grader_models
+from dccot_jax.select.judged import make_judges
+from dccot_jax.select.signals import DEITA, GRADIENTS, JUDGED, OVER_TIME
+from dccot_jax.select.trajectories import check_over_time
+from dccot_jax.select.two_model import check_tokenizers, open_other, other_models
+
+READERS = {"score.gradients": GRADIENTS, "score.judge": JUDGED, "score.deita": DEITA, "score.over_time": OVER_TIME}
+
+
+def sections_read(cfg: ConfigDict) -> tuple[str, ...]:
+    """The sections of `score` that a requested signal reads: these alone are part of the identity of the scores."""
+    return tuple(section for section, names in READERS.items() if set(names) & set(cfg.score.signals))
+
+
+def snapshots_needed(cfg: ConfigDict) -> int:
+    """How many snapshots the warm-up training must keep for the requested signals; 0: none.
+
+    Raises ConfigError if two signals want different numbers, or the training is of adapters, which leave none.
+    """
+    wanted = {"score.gradients.checkpoints": ("less",), "score.over_time.snapshots": OVER_TIME}
+    counts = {key: int(lookup(cfg, key)) for key, names in wanted.items() if set(names) & set(cfg.score.signals)}
+    if len(set(counts.values())) > 1:
+        both = " and ".join(f"config.{key}: {count}" for key, count in counts.items())
+        raise ConfigError(f"{both}: one training makes the snapshots of both; give the same number")
+    if counts and (cfg.train.lora.rank or cfg.train.lora.preset):
+        raise ConfigError(f"config.train.lora: {next(iter(counts))} needs snapshots of a warm-up training, and adapters leave none")
+    return max(counts.values(), default=0)
+
+
+def models_read(cfg: ConfigDict) -> dict[str, str]:
+    """{config key: path} of the models that the requested signals read beside the student. Raises ConfigError as `other_models` does."""
+    found = {f"score.models.{role}": path for role, path in other_models(cfg).items()}
+    return found | {f"score.deita.{name.removeprefix('deita_')}_model": path for name, path in grader_models(cfg).items() if path}
+
+
+def check_settings(cfg: ConfigDict) -> None:
+    """Check what the requested signals need beside the student. Raises ConfigError with field, value and what is accepted."""
+    if set(cfg.score.signals) & set(JUDGED):
+        _check_judge(cfg)
+    check_over_time(cfg)
+    if cfg.score.student == "warmup":
+        snapshots_needed(cfg)
+    check_prompts(cfg)
+    for role, path in other_models(cfg).items():
+        key = f"score.models.{role}"
+        check_tokenizers(key, path, open_other(key, path)[1], _student_tokenizer(cfg))
+    for name, path in grader_models(cfg).items():
+        if path:
+            what = name.removeprefix("deita_")
+            found, _ = open_other(f"score.deita.{what}_model", path)
+            tokenizer = load_tokenizer(found.file("tokenizer") if isinstance(found, Artifact) else found)
+            try:
+                digit_tokens(tokenizer, cfg.score.deita[f"{what}_prompt"], chat=cfg.score.deita.chat)
+            except TemplateError as error:
+                raise ConfigError(f"config.score.deita.chat: True, but {error}; False grades plain text") from None
+
+
+def _check_judge(cfg: ConfigDict) -> None:
+    make_judges(cfg)
+    settings = cfg.score.judge
+    for key, low in (("retries", 0), ("max_tokens", 1), ("temperature", 0)):
+        if settings[key] < low:
+            raise ConfigError(f"config.score.judge.{key}: {settings[key]} must be at least {low}")
+
+
+def _student_tokenizer(cfg: ConfigDict) -> str:
+    """Hash of the tokenizer that the rows will be written with."""
+    folder = cfg.student.path or cfg.student.tokenizer
+    return _embedded_tokenizer() if folder == "embedded" else tokenizer_hash(Path(folder).expanduser())
+
+
+@functools.cache
+def _embedded_tokenizer() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        embedded_tokenizer_dir(folder)
+        return tokenizer_hash(folder)
