@@ -18,6 +18,7 @@ from dccot_jax.records import derive_seed
 from dccot_jax.report import data
 from dccot_jax.report.evaluations import Evaluation, read_evaluations
 from dccot_jax.report.html import draw_figures, render_page
+from dccot_jax.report.judges import judges
 from dccot_jax.report.overlap import overlap
 from dccot_jax.report.results import build_results, compare_arms, lm_eval_results, summarise_arms
 from dccot_jax.report.selection import selection
@@ -43,7 +44,7 @@ def build_report(runs: Sequence[ArmRun], out_dir: Path, cfg: ConfigDict, ctx: Co
     results = build_results(evaluations, to_plain(cfg), arms, comparisons, workdir)
     table, index = data.lineage(runs, workdir)
     results |= {
-        "data": {"funnel": data.funnel(runs), "overlap": overlap(runs)},
+        "data": {"funnel": data.funnel(runs), "overlap": overlap(runs), "judges": judges(runs)},
         "selection": selection(runs, workdir),
         "training": data.training(runs),
         "costs": data.costs(runs),

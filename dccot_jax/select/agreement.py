@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int], *, weights: str = 
 
 def agreement(
     first: Mapping[str, Mapping[str, int]], second: Mapping[str, Mapping[str, int]], *, criteria: Sequence[str], thresholds: Sequence[int]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Kappas of two judges over the items that both have graded.
 
     Args:
@@ -51,7 +52,7 @@ def agreement(
       a kappa that is not defined is None.
     """
     both = sorted(set(first) & set(second))
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for name in criteria:
         a, b = ([grades[item][name] for item in both] for grades in (first, second))
         kappas = {("kappa" if w == "none" else f"kappa_{w}"): _rounded(cohens_kappa(a, b, weights=w)) for w in WEIGHTS}

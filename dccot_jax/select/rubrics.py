@@ -107,7 +107,7 @@ def read_verdict(rubric: Rubric, text: str) -> tuple[dict[str, int], str]:
     for name in rubric.criteria:
         grade = verdict[name]
         if isinstance(grade, bool) or not isinstance(grade, int) or not rubric.low <= grade <= rubric.high:
-            raise VerdictError(f"{name} = {_short(json.dumps(grade))} is not a whole number from {rubric.low} to {rubric.high}")
+            raise VerdictError(f"{name} = {json.dumps(grade)[:80]} is not a whole number from {rubric.low} to {rubric.high}")
     return {name: verdict[name] for name in rubric.criteria}, verdict[EXPLANATION]
 
 

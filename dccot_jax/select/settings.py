@@ -12,6 +12,8 @@ from dccot_jax.artifact import Artifact
 from dccot_jax.config import ConfigError, lookup
 from dccot_jax.data.template import TemplateError
 from dccot_jax.data.tokenizer import embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
+from dccot_jax.model.config import ModelError
+from dccot_jax.model.hf import read_config
 from dccot_jax.select.deita_scores import check_prompts, digit_tokens, grader_models
 from dccot_jax.select.judged import make_judges
 from dccot_jax.select.signals import DEITA, GRADIENTS, JUDGED, OVER_TIME
@@ -55,6 +57,12 @@ def check_settings(cfg: ConfigDict) -> None:
     if cfg.score.student == "warmup":
         snapshots_needed(cfg)
     check_prompts(cfg)
+    for key, path in models_read(cfg).items():
+        found, _ = open_other(key, path)
+        try:
+            _ = found if isinstance(found, Artifact) else read_config(found)
+        except ModelError as error:
+            raise ConfigError(f"config.{key}: {error}") from None
     for role, path in other_models(cfg).items():
         key = f"score.models.{role}"
         check_tokenizers(key, path, open_other(key, path)[1], _student_tokenizer(cfg))
