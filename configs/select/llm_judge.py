@@ -13,7 +13,7 @@ from dccot_jax.config import default_config
 def get_config():
     c = default_config()
     c.name = "select_llm_judge"
-    c.traces.teachers = ({"kind": "scripted", "style": "noisy"},)
+    c.traces.teachers = ({"kind": "scripted", "style": "verbose"}, {"kind": "scripted", "style": "noisy"})
     c.score.signals = ("judge", "judge_clarity", "judge_coherence", "judge_correctness")
     c.score.judge.judges = ({"kind": "scripted", "style": "verbose"}, {"kind": "scripted", "style": "noisy"})
     c.select.steps = ({"name": "threshold", "signal": "judge", "min": 8},)
