@@ -58,6 +58,7 @@ def test_a_killed_training_leaves_the_same_snapshots(inputs, tmp_path):
         restore_snapshot_params(whole, 5, TINY, on)
 
 
+@pytest.mark.slow
 def test_a_training_with_muon_keeps_parameters_alone(inputs, tmp_path):
     train(inputs, tmp_path / "muon", run_config(snapshots=2, optimizer="muon"))
     artifact = ArtifactWriter(tmp_path / "muon")
