@@ -74,7 +74,7 @@ def compared(workdir, watched, base_dir):
         "score__models__teacher": str(watched.artifacts["train:warmup"].path),
         "score__models__reference": str(base_dir),
         "score__judge__judges": ({"kind": "scripted", "style": "verbose"}, {"kind": "scripted", "style": "noisy"}),
-        "select__steps": ({"name": "threshold", "signal": "judge", "min": 6}, {"name": "top", "signal": "rho", "share": 0.5}),
+        "select__steps": ({"name": "threshold", "signal": "judge", "min": 8}, {"name": "top", "signal": "rho", "share": 0.5}),
     }
     return run(workdir, **changes)
 
@@ -153,11 +153,14 @@ def test_a_judge_selects_and_its_agreement_is_reported(compared):
     correctness = column(compared, "judge_correctness")
     assert all(grade >= 6 for row, grade in correctness.items() if traces[row]["verdict"])
     assert min(correctness.values()) < 10 and set(column(compared, "proxy_quality").values()) <= {2.0, 3.0, 4.0, 5.0, 6.0}
-    assert compared.artifacts["select"].manifest["dropped"]
+    grades, dropped = column(compared, "judge"), compared.artifacts["select"].table("dropped").to_pylist()
+    assert (
+        {row["id"] for row in dropped if row["reason"] == "judge_below_min"} == {row for row, grade in grades.items() if grade < 8} != set()
+    )
     [entry] = judges([compared])
     assert entry["arms"] == [compared.arm]
     [pair] = entry["rubrics"]["judge"]["agreement"]
-    assert pair["judges"] == ["scripted-verbose", "scripted-noisy"] and pair["criteria"]["coherence"]["equal"] == 1.0
+    assert pair["judges"] == ["scripted-verbose", "scripted-noisy"] and pair["criteria"]["clarity"]["equal"] == 1.0
     assert -1 <= pair["criteria"]["correctness"]["kappa"] < 1
     lines = compared.artifacts["score"].file("judgements.jsonl").read_text().splitlines()
     assert len(lines) == 4 * len(correctness) and set(json.loads(lines[0])) >= {"id", "judge", "grades", "explanation", "attempts"}

@@ -1,7 +1,8 @@
 """Verdicts of scripted teachers as judges: simple rules, the same every time, for runs and tests without a language model.
 
 Correctness is the stated answer against the judge's own (the noisy one misreads some questions); coherence is the share of true
-equations; clarity falls with length; complexity grows with the numbers a question gives.
+equations, at most the middle where they lead to a wrong answer; clarity falls with length; complexity grows with the numbers a question
+gives.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ def verdict(rubric: str, question: str, response: str, correct: bool) -> str:
     sums = [_holds(*match.groups()) for match in _EQUATION.finditer(response)]
     words = len(response.split())
     if rubric == JUDGE:
+        steps = 1 + round(9 * sum(sums) / len(sums)) if sums else 5
         grades = {
-            "coherence": 1 + round(9 * sum(sums) / len(sums)) if sums else 5,
+            "coherence": steps if correct else min(steps, 5),
             "correctness": 10 if correct else 2,
             "clarity": 9 if words <= 40 else 7 if words <= 80 else 5,
         }
