@@ -34,7 +34,7 @@ def inputs(mc: ModelConfig) -> tuple[jax.Array, np.ndarray, np.ndarray]:
 def test_chunked_equals_full(mc: ModelConfig):
     params = random_params(mc)
     hidden, labels, weights = inputs(mc)
-    stats = jax.jit(lambda p, h: token_stats(p, mc, h, labels, chunk=8))(params, hidden)
+    stats = jax.jit(lambda p, h: token_stats(p, mc, h, labels, chunk=8, block=5))(params, hidden)
     logp, entropy = full_head(params, mc, hidden, labels)
     np.testing.assert_allclose(stats["label_logp"], logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(stats["entropy"], entropy, rtol=1e-4, atol=1e-5)
@@ -63,25 +63,26 @@ def test_sharded_vocabulary_and_gathered_positions(mc: ModelConfig):
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, param_shardings(mc, mesh))
         assert "tensor" in spread["embed"].sharding.spec
-        stats = jax.jit(lambda p, h: token_stats(p, mc, h, labels, chunk=8))(spread, hidden)
+        stats = jax.jit(lambda p, h: token_stats(p, mc, h, labels, chunk=8, block=5))(spread, hidden)
         rows = jax.jit(gather_positions)(jax.device_put(hidden, jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, None))), index)
         np.testing.assert_allclose(stats["label_logp"], logp, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(stats["entropy"], entropy, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(rows, np.take_along_axis(np.asarray(hidden), np.minimum(index, 36)[..., None], 1))
 
 
-def test_margin_error_norm_and_rank_equal_float64():
+@pytest.mark.parametrize("block", [7, None])
+def test_margin_error_norm_and_rank_equal_float64(block: int | None):
     """Also where the closed form with sum p^2 - 2 p_y + 1 cancels: a label of probability near one."""
     rng = np.random.default_rng(1)
-    mc = ModelConfig("llama", 131, 8, 8, 1, 1, 1, 8)
-    table = rng.standard_normal((131, 8)).astype(np.float32)
+    mc = ModelConfig("llama", 133, 8, 8, 1, 1, 1, 8)
+    table = rng.standard_normal((133, 8)).astype(np.float32)
     hidden = (rng.standard_normal((3, 21, 8)) * rng.choice([0.1, 1.0, 8.0], (3, 21, 1))).astype(np.float32)
     z = hidden.astype(np.float64) @ table.T.astype(np.float64)
-    labels = np.where(rng.random((3, 21)) < 0.5, z.argmax(-1), rng.integers(0, 131, (3, 21)))
-    stats = jax.jit(lambda h: token_stats({"embed": table}, mc, h, labels, chunk=8))(hidden)
+    labels = np.where(rng.random((3, 21)) < 0.5, z.argmax(-1), rng.integers(0, 133, (3, 21)))
+    stats = jax.jit(lambda h: token_stats({"embed": table}, mc, h, labels, chunk=8, block=block))(hidden)
     p = np.exp(z - z.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    one_hot = np.eye(131)[labels]
+    one_hot = np.eye(133)[labels]
     assert (p.max(-1) > 1 - 1e-6).any()
     np.testing.assert_allclose(stats["error_norm"], np.sqrt(((p - one_hot) ** 2).sum(-1)), rtol=2e-4, atol=1e-9)
     ordered = np.sort(p, -1)
@@ -90,11 +91,12 @@ def test_margin_error_norm_and_rank_equal_float64():
     np.testing.assert_array_equal(stats["label_rank"], 1 + (z > own).sum(-1))
 
 
-def test_ties_have_no_margin_and_share_their_rank():
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_ties_have_no_margin_and_share_their_rank(block: int):
     mc = ModelConfig("llama", 4, 2, 4, 1, 1, 1, 2)
     table = np.array([[1, 0], [1, 0], [0, 1], [-1, 0]], np.float32)
     hidden = np.array([[[1, 0], [0, 3]]], np.float32)
-    stats = token_stats({"embed": table}, mc, jnp.asarray(hidden), np.array([[1, 0]]))
+    stats = token_stats({"embed": table}, mc, jnp.asarray(hidden), np.array([[1, 0]]), block=block)
     assert stats["margin"][0, 0] == 0 and stats["margin"][0, 1] > 0.8
     assert stats["label_rank"].tolist() == [[1.0, 2.0]]
 

@@ -1,8 +1,9 @@
-"""The output head, chunked over positions: no [B, T, V] array exists, in training or in scoring.
+"""The output head: no [B, T, V] array exists, in training or in scoring.
 
-Each chunk sees the full vocabulary; its body is under `jax.checkpoint`, so the backward pass recomputes the logits. One
-body serves training (`weighted_nll`) and scoring (`token_stats`). A caller that scores few positions may gather their
-hidden states first (`gather_positions`) and pass those.
+Training (`weighted_nll`) goes over chunks of positions; each sees the full vocabulary, and its body is under
+`jax.checkpoint`, so the backward pass recomputes the logits. Scoring (`token_stats`) also goes over blocks of the
+vocabulary and keeps running sums (`model/running.py`): a block's logits are few enough to stay in a CPU's cache through all
+passes over them. A caller that scores few positions gathers their hidden states first (`gather_positions`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from dccot_jax.model import running
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract
+from dccot_jax.model.running import STATS
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
 
-STATS = ("label_logp", "entropy", "margin", "error_norm", "label_rank")
 _CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MiB
+# In scoring: logits of one chunk and block on one device, and the tokens of a block; by backend, then anywhere else.
+_BLOCKS = {"cpu": (1 << 20, 2048)}
+_BLOCKS_ACCELERATOR = (1 << 25, 8192)
 
 
 def logits(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -41,6 +47,7 @@ def token_stats(
     *,
     want: Sequence[str] = STATS,
     chunk: int | None = None,
+    block: int | None = None,
 ) -> dict[str, jax.Array]:
     """Statistics of the next-token distribution at every position.
 
@@ -48,7 +55,7 @@ def token_stats(
       hidden: [B, T, D]. labels: int [B, T], the token that position t must predict.
       want: any of "label_logp" (log p(label), nats), "entropy" (nats), "margin" (largest minus second largest probability),
         "error_norm" (norm of p - one-hot(label)) and "label_rank" (1 + number of larger logits, as a float).
-      chunk: positions per chunk; None picks one by size.
+      chunk: positions per chunk. block: about how many tokens of the vocabulary at a time. None picks them by size.
 
     Returns:
       {name: float32 [B, T]}.
@@ -57,11 +64,22 @@ def token_stats(
     if unknown:
         raise ValueError(f"token_stats: unknown statistic {', '.join(unknown)}; known: {', '.join(STATS)}")
 
+    block_logits, size, blocks = _vocabulary_blocks(params, mc, hidden, block)
+    batch, length = labels.shape
+    chunk = chunk or max(16, _block_sizes()[0] * _devices() // (batch * size))
+
     def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
-        return carry, _stats(logits(params, mc, chunk[0]), chunk[1], want)
+        h, y = chunk
+        zero = reshard(jnp.zeros(y.shape, jnp.float32), activation_spec(batch, None))
+        own = None
+        if "label_rank" in want:  # ranks need the labels' logits first, and exactly as they are compared
+            own, _ = jax.lax.scan(lambda total, i: (total + running.label_logit(*block_logits(h, i), y), None), zero, jnp.arange(blocks))
+        state, _ = jax.lax.scan(
+            lambda state, i: (running.absorb(state, *block_logits(h, i), y, own), None), running.start(zero, want), jnp.arange(blocks)
+        )
+        return carry, running.finish(state, want)
 
     _, stats = scan_chunks(mc, body, None, hidden, (labels,), chunk)
-    batch, length = labels.shape
     return {name: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for name, x in stats.items()}
 
 
@@ -82,7 +100,7 @@ def weighted_nll(
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, y, w = chunk
-        logp = _stats(logits(params, mc, h), y, ("label_logp",))["label_logp"]
+        logp = _label_logp(logits(params, mc, h), y)
         return total - jnp.sum(jnp.where(w != 0, logp * w, 0.0)), None
 
     weights = weights.astype(jnp.float32)
@@ -98,31 +116,51 @@ def gather_positions(hidden: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda h, i: h[i])(hidden, index)  # row by row: no device gathers another one's rows
 
 
-def _stats(z: jax.Array, labels: jax.Array, want: Sequence[str]) -> dict[str, jax.Array]:
-    """Statistics of float32 logits z [B, C, V]; the label's logit by a masked sum, which a sharded vocabulary allows."""
+def _label_logp(z: jax.Array, labels: jax.Array) -> jax.Array:
+    """log p(label) [B, C] of float32 logits z [B, C, V]; the label's logit by a masked sum, which a sharded vocabulary allows."""
     shifted = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    exps = jnp.exp(shifted)
-    total = jnp.sum(exps, axis=-1)
-    found = {}
-    if "label_logp" in want:
-        found["label_logp"] = jnp.sum(jnp.where(_is_label(z, labels), shifted, 0.0), axis=-1) - jnp.log(total)
-    if "entropy" in want:
-        found["entropy"] = jnp.log(total) - jnp.sum(exps * shifted, axis=-1) / total
-    if "margin" in want:
-        second = jnp.max(jnp.where(shifted < 0, exps, 0.0), axis=-1)
-        found["margin"] = jnp.where(jnp.sum(shifted == 0, axis=-1) > 1, 0.0, 1.0 - second) / total
-    if "error_norm" in want:
-        # sum p^2 - 2 p_y + 1 = (1 - p_y)^2 + sum_{v != y} p_v^2, and 1 - p_y as a sum: nothing cancels where p_y is near 1
-        others = jnp.where(_is_label(z, labels), 0.0, exps)
-        found["error_norm"] = jnp.sqrt(jnp.sum(others, axis=-1) ** 2 + jnp.sum(others * others, axis=-1)) / total
-    if "label_rank" in want:
-        own = jnp.sum(jnp.where(_is_label(z, labels), z, 0.0), axis=-1, keepdims=True)
-        found["label_rank"] = 1.0 + jnp.sum(z > own, axis=-1).astype(jnp.float32)
-    return found
+    total = jnp.sum(jnp.exp(shifted), axis=-1)
+    hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
+    return jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1) - jnp.log(total)
 
 
-def _is_label(z: jax.Array, labels: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == labels[..., None]
+def _vocabulary_blocks(
+    params: dict[str, Any], mc: ModelConfig, hidden: jax.Array, block: int | None
+) -> tuple[Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], int, int]:
+    """A function (h [B, C, D], number of a block) -> (logits [B, C, S, v], token ids [S, v]), v, and the number of blocks.
+
+    The vocabulary is spread over S = devices of the `tensor` axis; a block takes v tokens from each.
+    """
+    name = "embed" if mc.tie_embeddings else "head"
+    use = use_spec(mc, name)
+    axis = None if use is None else use[0 if mc.tie_embeddings else 1]
+    mesh = explicit_mesh()
+    shards = 1 if axis is None or mesh is None else mesh.shape[axis]
+    local = mc.vocab_size // shards
+    size = _block_size(local, block or _block_sizes()[1])
+    table = reshard(params[name].astype(hidden.dtype), use)
+    if mc.tie_embeddings:
+        shape, spec, at, subscripts = (shards, -1, size, mc.hidden_size), P(axis, None, None, None), 1, "bcd,svd->bcsv"
+    else:
+        shape, spec, at, subscripts = (mc.hidden_size, shards, -1, size), P(None, axis, None, None), 2, "bcd,dsv->bcsv"
+    table = table.reshape(shape) if use is None else jnp.reshape(table, shape, out_sharding=spec)
+
+    def block_logits(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part = jax.lax.dynamic_index_in_dim(table, i, at, keepdims=False)
+        z = contract(subscripts, h, part, out=activation_spec(h.shape[0], None, axis, None))
+        ids = local * jnp.arange(shards)[:, None] + i * size + jnp.arange(size)
+        return soft_cap(z, mc.final_softcap), ids
+
+    return block_logits, size, local // size
+
+
+def _block_size(tokens: int, wanted: int) -> int:
+    """The smallest divisor of `tokens` that is not below `wanted`, or all of them."""
+    return min((d for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0 for d in (n, tokens // n) if d >= wanted), default=tokens)
+
+
+def _block_sizes() -> tuple[int, int]:
+    return _BLOCKS.get(jax.default_backend(), _BLOCKS_ACCELERATOR)
 
 
 def scan_chunks(
@@ -130,9 +168,7 @@ def scan_chunks(
 ) -> tuple[Any, Any]:
     """Scan `body` over chunks [n, B, C, ...] of arrays [B, T, ...], zero-padded to whole chunks."""
     batch, length = hidden.shape[:2]
-    mesh = explicit_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in (*BATCH, "tensor")) if mesh is not None else 1
-    size = min(chunk or default_chunk(mc, batch, shards), length)
+    size = min(chunk or default_chunk(mc, batch, _devices("tensor")), length)
     count = math.ceil(length / size)
     size = math.ceil(length / count)
 
@@ -147,3 +183,9 @@ def scan_chunks(
 def default_chunk(mc: ModelConfig, batch: int, shards: int) -> int:
     """Positions per chunk, so that each of the devices that share the logits [batch, chunk, V] holds `_CHUNK_ELEMENTS` of them at most."""
     return max(16, _CHUNK_ELEMENTS * shards // (batch * mc.vocab_size))
+
+
+def _devices(*more: str) -> int:
+    """Devices over which rows lie, times those of the axes `more`."""
+    mesh = explicit_mesh()
+    return math.prod(mesh.shape[axis] for axis in (*BATCH, *more)) if mesh is not None else 1
