@@ -97,6 +97,7 @@ def default_config() -> ConfigDict:
     c.score = ConfigDict()
     c.score.student = "base"  # base | warmup | a path to a checkpoint
     c.score.signals = ()
+    c.score.layout = "packed"  # packed | bucketed: how rows lie in a tile; changes speed and last bits, see docs/performance.md
     c.score.chunk_rows = 256  # rows per committed chunk
     c.score.batch_tiles = 4  # tiles per dispatch; changes speed, never scores
     c.score.warmup = ConfigDict({"share": 0.1, "steps": 50})
@@ -372,6 +373,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "tokens.format", TRAIN_FORMATS)
     _one_of(config, "score.gradients.norm", GRADIENT_NORMS)
     _one_of(config, "score.gradients.projection", PROJECTIONS)
+    _one_of(config, "score.layout", ("packed", "bucketed"))
     _one_of(config, "train.remat", ("nothing_saveable", "dots", "none"))
     for method in config.augment.methods:
         if method not in AUGMENT_METHODS:

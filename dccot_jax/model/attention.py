@@ -7,12 +7,15 @@ Segment ids are 1-based and 0 is padding; positions restart with every segment.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.config import Rope
 from dccot_jax.model.linear import contract
+from dccot_jax.model.sharding import activation_spec, explicit_mesh
 
 NEGATIVE = -1e30  # finite, so that a fully masked (padding) row gives no NaN
 
@@ -77,3 +80,73 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: 
     scores = soft_cap(contract("btkgh,bskh->bkgts", q, k) * scale, softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1)
     return contract("bkgts,bskh->btkgh", weights.astype(q.dtype), v, dtype=q.dtype)
+
+
+def block_bias(positions: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+    """What is added to the scores of blocks of queries: "bias" float32 [B, R, Q, S], 0 where a key is there and not after the query.
+
+    Args:
+      positions: int32 [B, N]. queries [B, R, Q], keys [B, R, S]: tokens of the stream, keys -1: none.
+
+    Returns, beside it, "ahead" int32 [B, R, Q, S]: how far a query stands behind a key.
+    """
+    look_up = jax.vmap(lambda at, index: at[index])
+    ahead = look_up(positions, queries)[..., :, None] - look_up(positions, jnp.maximum(keys, 0))[..., None, :]
+    return {"ahead": ahead, "bias": jnp.where((keys >= 0)[..., None, :] & (ahead >= 0), 0.0, NEGATIVE)}
+
+
+def attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    blocks: Sequence[Mapping[str, jax.Array]],
+    back: jax.Array,
+    window: int | jax.Array | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Attention over streams of tokens in which every query says what it may see: q [B, N, K, G, H], k and v [B, N, K, H] -> like q.
+
+    Args:
+      blocks: per class of keys, "queries" int32 [B, R, Q] and "keys" int32 [B, R, S], tokens of the stream (keys -1: none), and
+        from `block_bias` "ahead" int32 and "bias" float32 [B, R, Q, S].
+      window: a query sees only keys that are less than this behind it; None: all that "bias" admits.
+      back: int32 [B, N], where token n's query stands among the B x (R1 Q + R2 Q + ...) of all classes.
+
+    Each device attends within its own streams and key/value heads; nothing is communicated.
+    """
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Sequence[Mapping[str, jax.Array]], back: jax.Array, window: jax.Array):
+        bins, length, heads, groups, width = q.shape
+        first = jnp.arange(bins)[:, None, None] * length
+        q, k, v = (x.reshape(bins * length, *x.shape[2:]) for x in (q, k, v))
+        found = []
+        for block in blocks:
+            _, rows, count = block["queries"].shape
+            keys = block["keys"].shape[-1]
+            rows *= bins
+            at_q = (block["queries"] + first).reshape(rows, count)
+            at_k = (jnp.maximum(block["keys"], 0) + first).reshape(rows, keys)
+            bias = block["bias"].reshape(rows, 1, 1, count, keys)
+            if windowed:
+                bias += jnp.where(block["ahead"] < window, 0.0, NEGATIVE).reshape(bias.shape)
+            # The operands in the layout of the products: one product per block and key/value head.
+            mine = q[at_q].transpose(0, 2, 3, 1, 4).reshape(rows * heads, groups * count, width)
+            theirs = k[at_k].transpose(0, 2, 3, 1).reshape(rows * heads, width, keys)
+            values = v[at_k].transpose(0, 2, 1, 3).reshape(rows * heads, keys, width)
+            scores = contract("bqh,bhs->bqs", mine, theirs).reshape(rows, heads, groups, count, keys)
+            weights = jax.nn.softmax(soft_cap(scores * scale, softcap) + bias, axis=-1)
+            out = contract("bqs,bsh->bqh", weights.astype(q.dtype).reshape(rows * heads, groups * count, keys), values, dtype=q.dtype)
+            out = out.reshape(bins, rows // bins, heads, groups, count, width).transpose(0, 1, 4, 2, 3, 5)
+            found.append(out.reshape(bins, -1, heads, groups, width))
+        return jax.vmap(lambda x, i: x[i])(jnp.concatenate(found, axis=1), back)
+
+    windowed, limit = window is not None, jnp.asarray(0 if window is None else window, jnp.int32)
+    if explicit_mesh() is None:
+        return local(q, k, v, blocks, back, limit)
+    wide, narrow = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
+    stream = activation_spec(q.shape[0], None)
+    of_blocks = [{name: activation_spec(x.shape[0], *(None,) * (x.ndim - 1)) for name, x in block.items()} for block in blocks]
+    specs = (wide, narrow, narrow, of_blocks, stream, P())
+    return jax.shard_map(local, in_specs=specs, out_specs=wide)(q, k, v, blocks, back, limit)

@@ -6,7 +6,7 @@ Parameters: {"embed", "layers": {name: [L, ...]}, "final_norm", "head" where unt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dccot_jax.model.attention import attend, causal_segment_mask, rope_divisors, rope_tables, rotate, window_mask
+from dccot_jax.model.attention import (
+    attend,
+    attend_blocks,
+    block_bias,
+    causal_segment_mask,
+    rope_divisors,
+    rope_tables,
+    rotate,
+    window_mask,
+)
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.lora import DROPOUT, delta
@@ -28,8 +37,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "none": None,
 }
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # further back than any sequence is long
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 class Block(nnx.Module):
@@ -126,28 +135,75 @@ def layer_differences(mc: ModelConfig) -> dict[str, jax.Array]:
     return found
 
 
-def make_layer(
-    mc: ModelConfig, positions: jax.Array, mask: jax.Array
-) -> Callable[[jax.Array, tuple[Params, Params]], tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+def forward_blocks(
+    params: Params,
+    mc: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    blocks: Sequence[Mapping[str, jax.Array]],
+    back: jax.Array,
+    *,
+    compute_dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Hidden states after the final norm of streams in which every token says what it may see; forward only, nothing is recomputed.
+
+    Args:
+      tokens, positions: int32 [B, N].
+      blocks, back: "queries" and "keys" of each class of blocks, and where each query stands: see `attention.attend_blocks`.
+
+    Returns:
+      [B, N, D] in the compute dtype; values at padding are meaningless and finite.
+    """
+    rows = tokens.shape[0]
+    tokens, positions, back = (reshard(x, activation_spec(rows, None)) for x in (tokens, positions, back))
+    blocks = [{name: reshard(x, activation_spec(rows, None, None)) for name, x in block.items()} for block in blocks]
+    blocks = [{**block, **block_bias(positions, block["queries"], block["keys"])} for block in blocks]
+    (window, *windows) = set(mc.layer_windows)
+    uniform = None if windows else window or None
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None) -> jax.Array:
+        return attend_blocks(q, k, v, blocks, back, uniform if own is None else own, scale=mc.attn_scale, softcap=mc.attn_softcap)
+
+    layer = _layer(mc, positions, attention)
+    x = embed(params, mc, tokens, compute_dtype)
+    x, _ = jax.lax.scan(lambda x, own: (layer(x, own)[0], None), x, (params["layers"], layer_differences(mc)))
+    return rms_norm(x, params["final_norm"], mc)
+
+
+Layer = Callable[[jax.Array, tuple[Params, Params]], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
+
+
+def make_layer(mc: ModelConfig, positions: jax.Array, mask: jax.Array) -> Layer:
     """One layer for a scan over (`params["layers"]`, `layer_differences`): x [B, T, D] -> x, and its keys and values [B, T, K, H].
 
     Args:
       positions: int32 [B, T]. mask: what a query sees where no window narrows it, boolean [B, T, T].
     """
-    length, (window, *windows), (rope, *ropes) = mask.shape[-1], set(mc.layer_windows), set(mc.layer_ropes)
+    length, (window, *windows) = mask.shape[-1], set(mc.layer_windows)
     if window and not windows:
         mask = mask & window_mask(length, window)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None) -> jax.Array:
+        seen = mask if own is None else mask & window_mask(length, own)
+        return attend(q, k, v, seen, scale=mc.attn_scale, softcap=mc.attn_softcap)
+
+    return _layer(mc, positions, attention)
+
+
+def _layer(
+    mc: ModelConfig, positions: jax.Array, attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+) -> Layer:
+    """`attention`: rotated q, k, v and the layer's own window, where layers differ in it -> attended, shaped like q."""
+    (rope, *ropes) = set(mc.layer_ropes)
     tables = () if ropes else rope_tables(positions, rope_divisors(rope, mc.head_dim))
 
     def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         p, differs = own
         if DROPOUT in differs:
             p = {**p, DROPOUT: differs[DROPOUT]}
-        seen = mask & window_mask(length, differs["window"]) if "window" in differs else mask
         cos, sin = tables or rope_tables(positions, differs["rope"])
         q, k, v = project_qkv(p, mc, x, cos, sin)
-        attended = attend(q, k, v, seen, scale=mc.attn_scale, softcap=mc.attn_softcap)
-        return finish_layer(p, mc, x, attended), (k, v)
+        return finish_layer(p, mc, x, attention(q, k, v, differs.get("window"))), (k, v)
 
     return layer
 

@@ -11,7 +11,6 @@ through the same program once more, with the pieces as rows.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import time
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
@@ -32,9 +31,11 @@ from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.sharding import BATCH, activation_spec, batch_spec, make_mesh, reshard
+from dccot_jax.model.sharding import BATCH, activation_spec, make_mesh, reshard
 from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
 from dccot_jax.select import items as pieces
+from dccot_jax.select import packed, packing
+from dccot_jax.select.dispatch import Program, dispatch
 from dccot_jax.select.relative import grape
 from dccot_jax.select.signals import (
     DEITA,
@@ -63,8 +64,6 @@ from dccot_jax.select.views import (
     view_arrays,
 )
 from dccot_jax.train.checkpoint import Student, load_student
-
-Program = Callable[[Any, Mapping[str, Mapping[str, jax.Array]]], jax.Array]
 
 
 def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
@@ -231,38 +230,18 @@ def score_tiles(
 
     At most `in_flight` tiles are dispatched and not yet read back; their order and content do not depend on it.
     """
-    if jax.default_backend() == "cpu" and mesh.size > 1:
-        in_flight = 1  # several queued programs with collectives can starve each other of host threads and hang
-    waiting: collections.deque[tuple[Tile, jax.Array]] = collections.deque()
-    for tile in tiles:
-        arrays = {view: _place(view_arrays(view, rows, tile, context), mesh) for view in views}
-        with jax.set_mesh(mesh):  # not around the yields: a generator must not leave its caller inside a mesh
-            waiting.append((tile, program(params, arrays)))
-        if len(waiting) >= in_flight:
-            yield _local_rows(*waiting.popleft())
-    while waiting:
-        yield _local_rows(*waiting.popleft())
+
+    def arrays(tile: Tile) -> dict[str, dict[str, np.ndarray]]:
+        return {view: view_arrays(view, rows, tile, context) for view in views}
+
+    for tile, parts in dispatch(program, params, mesh, tiles, arrays, in_flight=in_flight):
+        yield _local_rows(tile, parts)
 
 
-def _place(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [B, ...] onto the mesh, rows over the batch axes; each process copies only its rows."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, batch_spec(len(x), x.ndim, mesh)), lambda index: x[index])
-
-    return {name: put(x) for name, x in arrays.items()}
-
-
-def _local_rows(tile: Tile, scores: jax.Array) -> tuple[list[int], np.ndarray]:
-    """The real rows of a tile's result that lie on this process, each from its first replica only."""
-    found, values = [], []
-    for shard in scores.addressable_shards:
-        if shard.replica_id == 0:
-            first = shard.index[0].start or 0
-            real = tile.rows[first : first + shard.data.shape[0]]
-            found += real
-            values.append(np.asarray(shard.data)[: len(real)])
-    return found, np.concatenate(values) if values else np.zeros((0, scores.shape[1]), np.float32)
+def _local_rows(tile: Tile, parts: Sequence[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+    """The real rows among the parts of a tile's result."""
+    real = [tile.rows[first : first + len(scores)] for first, scores in parts]
+    return [i for chosen in real for i in chosen], np.concatenate([scores[: len(chosen)] for chosen, (_, scores) in zip(real, parts)])
 
 
 # --- passes over all rows -----------------------------------------------------------------------------------------------
@@ -326,24 +305,23 @@ def score_forward(
     """({signal or vector: {row id: value}}, facts); columns are empty on processes other than 0. Committed chunks are not repeated.
 
     `kind` names the chunks: the signal whose items `rows` are, else "score" or the model that reads the rows themselves.
-    `program`: makes the columns of `signals` in place of `make_program`'s.
+    `program`: makes the columns of `signals` in place of `make_program`'s, in buckets.
     """
-    views = required_views(signals, vectors)
     # the buckets of rows allow for the context whatever is asked for, so that no score depends on it; items have one view
     context = completion_context(load_tokenizer(student.tokenizer_dir), rows) if kind not in (*ITEMS, *DEITA) else []
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
-    tiles = plan_tiles(rows, len(context), shards=shards, tile_tokens=tile_tokens)
+    about: Any = (student.mc, mesh, rows, signals, vectors, context, tile_tokens, cfg.compute_dtype)
+    work = _packed(*about) if cfg.score.layout == "packed" and program is None else _bucketed(*about, program)
+    tiles = work.tiles
     chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
     names = [signal.name for signal in signals]
-    layout = content_hash(
-        "score/1", names, vectors, context, [[rows[i].id for i in tile.rows] for tile in tiles], [c.stop for c in chunks], ctx.process_count
-    )
+    contents = [[rows[i].id for i in tile.rows] for tile in tiles]
+    stops = [chunk.stop for chunk in chunks]
+    layout = content_hash("score/2", cfg.score.layout, names, vectors, context, contents, stops, ctx.process_count)
     series = [f"{kind}-{layout[:12]}-p{process}" for process in range(ctx.process_count)]
     drop_other_layouts(out, ctx, f"{kind}-", layout[:12])
     done = committed(out, ctx, series, len(chunks))
 
-    program = program or make_program(student.mc, signals, cfg.compute_dtype, vectors)
     params = cast_matrices(student.params, cfg.compute_dtype, mesh)
     started, scored = time.monotonic(), 0
     with ctx.progress(kind, len(rows)) as meter:
@@ -351,16 +329,7 @@ def score_forward(
         for index, chunk in enumerate(chunks):
             if done[index]:
                 meter.skip(sum(len(tiles[t].rows) for t in chunk))
-        results = score_tiles(
-            program,
-            params,
-            mesh,
-            rows,
-            [tiles[t] for c in todo for t in chunks[c]],
-            views,
-            context,
-            in_flight=max(1, cfg.score.batch_tiles),
-        )
+        results = work.score(params, [tiles[t] for c in todo for t in chunks[c]], max(1, cfg.score.batch_tiles))
         for index in todo:
             parts = []
             for t in chunks[index]:
@@ -376,20 +345,79 @@ def score_forward(
         for part in series:
             for index in range(len(chunks)):
                 _merge(columns, read_committed(out, part, index))
-    lengths = {"conditional": [len(r.input_ids) for r in rows], "unconditional": [len(context) + r.completion_tokens for r in rows]}
-    real = sum(sum(lengths[view]) for view in views)
-    padded = sum(tile.slots * (tile.bucket.length if view == "conditional" else tile.bucket.scored) for tile in tiles for view in views)
     return columns, {
         "rows_scored": scored,
         "rows_resumed": len(rows) - scored,
         "rows_per_second": round(scored / max(seconds, 1e-9), 3),
         "seconds": round(seconds, 3),
-        "tokens": real,
-        "token_fill": round(real / padded, 4),
         "tiles": len(tiles),
-        "buckets": len({tile.bucket for tile in tiles}),
+        **work.facts,
         "unconditional_context": list(context),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A pass over the rows: its tiles, (params, some of them, how many in flight) -> their results in order, and facts."""
+
+    tiles: Sequence[Tile] | Sequence[packing.PackedTile]
+    score: Callable[[Any, Sequence[Any], int], Iterator[tuple[list[int], np.ndarray]]]
+    facts: Mapping[str, Any]
+
+
+def _bucketed(
+    mc: ModelConfig,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    signals: tuple[Signal, ...],
+    vectors: tuple[str, ...],
+    context: Sequence[int],
+    tile_tokens: int,
+    compute_dtype: str,
+    program: Program | None,
+) -> _Work:
+    views = required_views(signals, vectors)
+    tiles = plan_tiles(rows, len(context), shards=_shards(mesh), tile_tokens=tile_tokens)
+    program = program or make_program(mc, signals, compute_dtype, vectors)
+
+    def score(params: Any, chosen: Sequence[Tile], in_flight: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        return score_tiles(program, params, mesh, rows, chosen, views, context, in_flight=in_flight)
+
+    lengths = {"conditional": [len(r.input_ids) for r in rows], "unconditional": [len(context) + r.completion_tokens for r in rows]}
+    padded = sum(tile.slots * (tile.bucket.length if view == "conditional" else tile.bucket.scored) for tile in tiles for view in views)
+    return _Work(tiles, score, _fill_facts(sum(sum(lengths[view]) for view in views), padded, {tile.bucket for tile in tiles}))
+
+
+def _packed(
+    mc: ModelConfig,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    signals: tuple[Signal, ...],
+    vectors: tuple[str, ...],
+    context: Sequence[int],
+    tile_tokens: int,
+    compute_dtype: str,
+) -> _Work:
+    views = required_views(signals, vectors)
+    reading = packing.find_reading(rows, context if "unconditional" in views else None, whole=bool(vectors))
+    tiles = packing.plan_packed(rows, reading, shards=_shards(mesh), tile_tokens=tile_tokens)
+    program = packed.make_packed_program(mc, signals, compute_dtype, vectors)
+
+    def score(params: Any, chosen: Sequence[packing.PackedTile], in_flight: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        return packed.score_bins(program, params, mesh, rows, reading, chosen, vectors, in_flight=in_flight)
+
+    read = sum(packing.bin_tokens(rows, reading, groups) for tile in tiles for groups in tile.bins if groups)
+    padded = sum(len(tile.bins) * tile.shape.tokens for tile in tiles)
+    return _Work(tiles, score, {"shared_prefix": len(reading.root), **_fill_facts(read, padded, {tile.shape for tile in tiles})})
+
+
+def _shards(mesh: Mesh) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+
+
+def _fill_facts(tokens: int, padded: int, shapes: set[Any]) -> dict[str, Any]:
+    """How many tokens went through the model, how much of the room in the tiles they took, and how many programs that took."""
+    return {"tokens": tokens, "token_fill": round(tokens / padded, 4), "programs": len(shapes)}
 
 
 def _chunk_table(

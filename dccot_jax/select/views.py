@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class Tile:
     bucket: Bucket
     rows: tuple[int, ...]
     slots: int
+
+
+class HasRows(Protocol):
+    """Any kind of tile: a list of rows that are scored together."""
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
 
 
 def bucket_length(tokens: int) -> int:
@@ -91,7 +98,7 @@ def plan_tiles(rows: Sequence[Row], context: int, *, shards: int, tile_tokens: i
     return tiles
 
 
-def chunk_tiles(tiles: Sequence[Tile], chunk_rows: int) -> list[range]:
+def chunk_tiles(tiles: Sequence[HasRows], chunk_rows: int) -> list[range]:
     """Group consecutive tiles into chunks of at least `chunk_rows` rows (the last may hold fewer). Tiles are never split."""
     chunks: list[range] = []
     start, held = 0, 0
