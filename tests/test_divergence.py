@@ -29,8 +29,8 @@ def _inputs():
 def _logits():
     """Student's and teacher's, float64 [B, T, V]."""
     hidden, theirs, _ = _inputs()
-    own = hidden.astype(np.float64) @ host_params(TINY)["embed"].astype(np.float64).T
-    return own, theirs.astype(np.float64) @ host_params(TEACHER, 1)["head"].astype(np.float64)
+    table, head = np.asarray(host_params(TINY)["embed"], np.float64), np.asarray(host_params(TEACHER, 1)["head"], np.float64)
+    return hidden.astype(np.float64) @ table.T, theirs.astype(np.float64) @ head
 
 
 def _log_softmax(z):

@@ -144,7 +144,7 @@ def test_the_head_by_pairs_by_product_and_in_chunks_of_the_vocabulary(monkeypatc
         p = np.exp(z - z.max(-1, keepdims=True))
         error = weights[..., None] * (p / p.sum(-1, keepdims=True) - np.eye(300)[labels]) * slope
         expected = np.square(np.einsum("bcv,bcd->bvd", error, hidden)).sum((1, 2))
-        arrays = [jnp.asarray(a, jnp.float32) for a in (table, hidden)]
+        arrays = jnp.asarray(table, jnp.float32), jnp.asarray(hidden, jnp.float32)
         for elements in (1, 1 << 24):  # chunks of 128 tokens, the last padded, and one chunk
             monkeypatch.setattr(norms, "_CHUNK_ELEMENTS", elements)
             normaliser = norms._log_normaliser(*arrays, cap)
