@@ -23,7 +23,7 @@ BATCH = ("data", "fsdp")  # mesh axes over which rows of a batch are spread
 
 # Axes of each weight as it is stored; layers are stacked in front of these dimensions.
 # D hidden, F intermediate, V vocabulary, N query heads, K key/value heads, H head size.
-WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
+_STORED: Mapping[str, tuple[str | None, ...]] = {
     "embed": ("tensor", "fsdp"),  # [V, D]
     "head": ("fsdp", "tensor"),  # [D, V], absent where tied
     "final_norm": (None,),  # [D]
@@ -49,10 +49,10 @@ WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
     "mlp_post_norm": (None,),  # [D]
 }
 # A low-rank adapter is laid out as the matrix it belongs to: A [D, r] as its rows, B [r, F] as its columns.
-WEIGHT_AXES = {
-    **WEIGHT_AXES,
-    **{f"{name}_a": (WEIGHT_AXES[name][0], None) for name in ADAPTED},
-    **{f"{name}_b": (None, WEIGHT_AXES[name][1]) for name in ADAPTED},
+WEIGHT_AXES: Mapping[str, tuple[str | None, ...]] = {
+    **_STORED,
+    **{f"{name}_a": (_STORED[name][0], None) for name in ADAPTED},
+    **{f"{name}_b": (None, _STORED[name][-1]) for name in ADAPTED},
 }
 
 
@@ -116,9 +116,10 @@ def weight_shapes(mc: ModelConfig) -> dict[str, Any]:
         layers |= {"b_gate": (h, f), "b_up": (h, f), "b_down": (h, d)}
     if mc.arch.post_norms:
         layers |= {"attn_post_norm": (h, d), "mlp_post_norm": (h, d)}
-    for name in mc.lora.targets if mc.lora is not None else ():
-        _, rows, columns = layers[name]
-        layers |= {f"{name}_a": (h, rows, mc.lora.rank), f"{name}_b": (h, mc.lora.rank, columns)}
+    if mc.lora is not None:
+        for name in mc.lora.targets:
+            _, rows, columns = layers[name]
+            layers |= {f"{name}_a": (h, rows, mc.lora.rank), f"{name}_b": (h, mc.lora.rank, columns)}
     shapes: dict[str, Any] = {"embed": (mc.vocab_size, d), "layers": layers, "final_norm": (d,)}
     if not mc.tie_embeddings:
         shapes["head"] = (d, mc.vocab_size)

@@ -311,7 +311,8 @@ def score_forward(
     context = completion_context(load_tokenizer(student.tokenizer_dir), rows) if kind not in (*ITEMS, *DEITA) else []
     tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
     about: Any = (student.mc, mesh, rows, signals, vectors, context, tile_tokens, cfg.compute_dtype)
-    work = _packed(*about) if cfg.score.layout == "packed" and program is None else _bucketed(*about, program)
+    packs = cfg.score.layout == "packed" and program is None
+    work = _packed(*about) if packs else _bucketed(*about, program=program)
     tiles = work.tiles
     chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
     names = [signal.name for signal in signals]
@@ -374,7 +375,7 @@ def _bucketed(
     context: Sequence[int],
     tile_tokens: int,
     compute_dtype: str,
-    program: Program | None,
+    program: Program | None = None,
 ) -> _Work:
     views = required_views(signals, vectors)
     tiles = plan_tiles(rows, len(context), shards=_shards(mesh), tile_tokens=tile_tokens)
