@@ -6,6 +6,7 @@ messages           ``{messages: [{role, content, reasoning_content?}]}`` (TRL, L
 sharegpt           ``{conversations: [{from, value}]}``
 alpaca             ``{instruction, input, output}``
 eit                ``{instruction, output}``
+question_answer    ``{question, answer}``
 dccot              one row per question with ``forward_reasoning``, ``backward_question``, ``answer_aug``, ... (DC-CoT, RevThink)
 trace              every field of `records.Trace`
 =================  ====================================================================================================
@@ -21,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dccot_jax.formats_files import FormatError, read_rows, write_rows
-from dccot_jax.formats_rows import READERS, Fields, RowError, detect
+from dccot_jax.formats_files import FormatError, Row, read_rows, write_rows
+from dccot_jax.formats_rows import READERS, Fields, RowError, detect, gold_text
 from dccot_jax.records import TRACE_SCHEMA, Dropped, Trace
 
 __all__ = ["FORMATS", "FormatError", "Imported", "dataset_info", "export_traces", "import_records"]
@@ -32,32 +33,37 @@ FORMATS = tuple(READERS)
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What a file held: trace fields per row (``source`` says where each stood), what could not be used, and the format."""
+    """What a file held: trace fields per row (``source`` says where each stood), what could not be used, the format, the rows."""
 
     records: list[Fields]
     dropped: list[Dropped]
     format: str
+    rows: list[Row]
 
 
-def import_records(path: str | Path, format: str = "auto", *, name: str = "", skip_corrupt: bool = False) -> Imported:
+def import_records(path: str | Path, format: str = "auto", *, name: str = "", skip_corrupt: bool = False, gold_field: str = "") -> Imported:
     """Read one file of traces.
 
     Args:
       path: the file. format: one of `FORMATS`, or ``auto`` (decided by the first row's field names).
       name: how ``source`` names the file (default: its name). skip_corrupt: count corrupt JSON lines instead of raising.
+      gold_field: the column of right answers (default: the first of `formats_rows.GOLD_FIELDS` that a row has).
 
     Returns:
       Imported. Every record holds at least question, target, reasoning, meta and source; further `Trace` fields where the
       file has them. Of a ``dccot`` record, parts of one group share ``group`` and all carry ``join_question``.
 
     Raises:
-      FormatError: unreadable file, corrupt line (file, line and problem are named), unknown or undetectable format.
+      FormatError: unreadable file, corrupt line (file, line and problem are named), unknown or undetectable format, or no row has
+        `gold_field`.
     """
     if format != "auto" and format not in READERS:
         raise FormatError(f"format {format!r} is not one of auto, {', '.join(FORMATS)}")
     rows, dropped = read_rows(path, name=name, skip_corrupt=skip_corrupt)
     if not rows:
-        return Imported([], dropped, format)
+        return Imported([], dropped, format, [])
+    if gold_field and not any(gold_field in row.fields for row in rows):
+        raise FormatError(f"{path}: no row has the field {gold_field!r}; fields of the first row: {', '.join(rows[0].fields)}")
     if format == "auto":
         found = next((kind for kind in (detect(row.fields) for row in rows) if kind), None)
         if found is None:
@@ -72,9 +78,11 @@ def import_records(path: str | Path, format: str = "auto", *, name: str = "", sk
             dropped.append(Dropped(row.place, error.reason, error.detail))
             continue
         for part in parts:
+            if gold_field and part.get("part", "forward") == "forward":
+                part["gold_answer"] = gold_text(row.fields.get(gold_field))
             group = {"group": f"{row.place}/{part['group']}"} if part.get("group") else {}
             records.append({**part, **group, "source": row.place})
-    return Imported(records, dropped, format)
+    return Imported(records, dropped, format, rows)
 
 
 def export_traces(traces: Iterable[Trace], path: str | Path, format: str, *, prompt_of: Callable[[Trace], str] | None = None) -> int:
@@ -98,7 +106,7 @@ def export_traces(traces: Iterable[Trace], path: str | Path, format: str, *, pro
     if format == "dccot":
         records = _dccot_records(rows)
     elif format in _WRITERS:
-        records = [_WRITERS[format](shown(row), row.target) | _lineage(row) for row in rows]
+        records = [_with_lineage(_WRITERS[format](shown(row), row.target), row) for row in rows]
     elif format == "trace":
         records = [{name: _plain(getattr(row, name)) for name in TRACE_SCHEMA.names} for row in rows]
     else:
@@ -120,8 +128,9 @@ def dataset_info(name: str, file_name: str, format: str) -> dict[str, Any]:
     if format in ("alpaca", "eit"):
         columns = {"prompt": "instruction", "response": "output"} | ({"query": "input"} if format == "alpaca" else {})
         return {name: {"file_name": file_name, "formatting": "alpaca", "columns": columns}}
-    if format == "prompt_completion":
-        return {name: {"file_name": file_name, "formatting": "alpaca", "columns": {"prompt": "prompt", "response": "completion"}}}
+    if format in ("prompt_completion", "question_answer"):
+        prompt, response = format.split("_")
+        return {name: {"file_name": file_name, "formatting": "alpaca", "columns": {"prompt": prompt, "response": response}}}
     if format == "sharegpt":
         return {name: {"file_name": file_name, "formatting": "sharegpt", "columns": {"messages": "conversations"}}}
     if format == "messages":
@@ -136,12 +145,14 @@ _WRITERS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "sharegpt": lambda prompt, target: {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": target}]},
     "alpaca": lambda prompt, target: {"instruction": prompt, "input": "", "output": target},
     "eit": lambda prompt, target: {"instruction": prompt, "output": target},
+    "question_answer": lambda prompt, target: {"question": prompt, "answer": target},
 }
 
 
-def _lineage(trace: Trace) -> dict[str, Any]:
+def _with_lineage(record: dict[str, Any], trace: Trace) -> dict[str, Any]:
+    """The format's own columns, and where the row came from; of equal names the format's column stays."""
     choices = {"choices": list(trace.choices)} if trace.choices else {}
-    return {
+    lineage = {
         "trace_id": trace.id,
         "task": trace.task,
         "question": trace.question,
@@ -149,6 +160,7 @@ def _lineage(trace: Trace) -> dict[str, Any]:
         "gold_answer": trace.gold_answer,
         "teacher": trace.teacher,
     }
+    return record | {name: value for name, value in lineage.items() if name not in record}
 
 
 def _dccot_records(traces: Sequence[Trace]) -> list[dict[str, Any]]:

@@ -102,6 +102,15 @@ def read_sharegpt(row: Mapping[str, Any]) -> list[Fields]:
     return [_conversation(row, turns, ("conversations", "system"))]
 
 
+def read_question_answer(row: Mapping[str, Any]) -> list[Fields]:
+    """``{question, answer}``: the answer is the whole reply; a bare final answer stands in one of the other gold fields."""
+    question, choices = split_options(_text(row, "question").strip())
+    used = ("question", "answer")
+    fields = _fields(row, question, *split_reasoning(_text(row, "answer").strip()), choices=choices, used=used)
+    fields.pop("prompt", None)  # the column `question` is the prompt
+    return [fields | {"question": question}]
+
+
 def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
     """DC-CoT and RevThink records: one row per question with all that was generated from it.
 
@@ -110,7 +119,7 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
     (``rephrased_reasoning``, an addition of ours). Every field dict carries ``join_question``, the question of the record.
     """
     question, choices = split_options(_text(row, "question").strip())
-    gold = _gold(row.get("gold_answer"))
+    gold = gold_text(row.get("gold_answer"))
     common: Fields = {
         "join_question": question,
         "join_choices": choices,
@@ -126,7 +135,7 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
     found: list[Fields] = []
     backward = bool(row.get("backward_question")) and bool(row.get("backward_reasoning"))
     if row.get("forward_reasoning"):
-        forward = {"answer": _gold(row.get("forward_pred")), "method": "reverse" if backward else "vanilla"}
+        forward = {"answer": gold_text(row.get("forward_pred")), "method": "reverse" if backward else "vanilla"}
         found.append(part(row["forward_reasoning"], **forward, **({"group": "reverse"} if backward else {})))
         if backward:
             consistent = row.get("is_consistent")
@@ -141,17 +150,19 @@ def read_dccot(row: Mapping[str, Any]) -> list[Fields]:
                 | {
                     "question": asked,
                     "choices": (),
-                    "gold_answer": _gold(row.get("backward_pred")),
-                    "answer": _gold(row.get("backward_pred")),
+                    "gold_answer": gold_text(row.get("backward_pred")),
+                    "answer": gold_text(row.get("backward_pred")),
                 }
             )
     for index, entry in enumerate(row.get("answer_aug") or row.get("answer_augmentations") or ()):
         if entry.get("reasoning"):
-            predicted = _gold(entry.get("pred", entry.get("extracted_prediction")))
+            predicted = gold_text(entry.get("pred", entry.get("extracted_prediction")))
             found.append(part(entry["reasoning"], answer=predicted, method="answer", sample_index=index + 1))
     if row.get("rephrased_question") and row.get("rephrased_reasoning"):
         rephrased = str(row["rephrased_question"]).strip()
-        found.append(part(row["rephrased_reasoning"], answer=_gold(row.get("rephrased_pred")), method="rephrase") | {"question": rephrased})
+        found.append(
+            part(row["rephrased_reasoning"], answer=gold_text(row.get("rephrased_pred")), method="rephrase") | {"question": rephrased}
+        )
     if not found:
         raise RowError("missing_field", "no forward_reasoning, answer_aug or answered rephrased_question")
     return found
@@ -162,6 +173,8 @@ def read_trace(row: Mapping[str, Any]) -> list[Fields]:
     for name in ("question", "target"):
         _text(row, name)
     fields = {key: value for key, value in row.items() if value is not None}
+    if "gold_answer" in fields:
+        fields["gold_answer"] = gold_text(fields["gold_answer"])
     return [fields | {"choices": tuple(row.get("choices") or ()), "parent_ids": tuple(row.get("parent_ids") or ())}]
 
 
@@ -173,8 +186,11 @@ READERS: dict[str, Callable[[Mapping[str, Any]], list[Fields]]] = {
     "sharegpt": read_sharegpt,
     "alpaca": read_alpaca,
     "eit": read_eit,
+    "question_answer": read_question_answer,
 }
 
+# Beside one of these a column `answer` is no reply, and which one is the reply is not for us to guess.
+_OTHER_REPLIES = ("response", "output", "completion", "solution", "rationale", "reasoning", "explanation", "cot", "generation")
 _DCCOT_MARKS = ("forward_reasoning", "backward_question", "answer_aug", "answer_augmentations", "rephrased_question")
 
 
@@ -192,6 +208,8 @@ def detect(row: Mapping[str, Any]) -> str | None:
         return "sharegpt"
     if "instruction" in row and "output" in row:
         return "alpaca" if "input" in row or "history" in row or "system" in row else "eit"
+    if "question" in row and isinstance(row.get("answer"), str) and not any(name in row for name in _OTHER_REPLIES):
+        return "question_answer"
     return None
 
 
@@ -304,7 +322,7 @@ def _fields(
         fields["prompt"] = shown
     for name in GOLD_FIELDS:
         if row.get(name) is not None and name not in used:
-            fields["gold_answer"] = _gold(row[name])
+            fields["gold_answer"] = gold_text(row[name])
             used = (*used, name)
             break
     for name in ("task", "teacher", "style", "level", "finish_reason"):
@@ -315,7 +333,7 @@ def _fields(
     return fields
 
 
-def _gold(value: Any) -> str | None:
+def gold_text(value: Any) -> str | None:
     """An answer as text; whole floats lose their ``.0``, booleans become yes / no."""
     if value is None:
         return None

@@ -47,6 +47,7 @@ def lines(path, *rows):
         ("sharegpt", {"conversations": [{"from": "human", "value": "What is 2+3?"}, {"from": "gpt", "value": "2+3=5. The answer is 5."}]}),
         ("alpaca", {"instruction": "What is 2+3?", "input": "", "output": "2+3=5. The answer is 5."}),
         ("eit", {"instruction": "What is 2+3?", "output": " 2+3=5. The answer is 5."}),
+        ("question_answer", {"question": "What is 2+3?", "answer": " 2+3=5. The answer is 5."}),
         ("dccot", {"question": "What is 2+3?", "gold_answer": 5.0, "forward_reasoning": "2+3=5. The answer is 5.", "forward_pred": "5"}),
     ],
 )
@@ -324,3 +325,19 @@ def test_trl_reads_what_we_write(tmp_path, kind, conversational):
     assert data_utils.is_conversational(rows[0]) is conversational
     text = rows[1]["messages"][-1]["content"] if conversational else rows[1]["completion"]
     assert text == TRACES[1].target
+
+
+def test_an_answer_beside_another_reply_is_not_taken_for_one(tmp_path):
+    row = {"question": "What is 2+3?", "rationale": "2+3=5", "answer": "5"}
+    with pytest.raises(FormatError, match=r"unknown format \(fields of the first row: answer, question, rationale\)"):
+        import_records(lines(tmp_path / "t.jsonl", row))
+
+
+def test_a_named_field_holds_the_gold_answers(tmp_path):
+    row = {"prompt": "What is 2+3?", "completion": "5", "answer": "wrong", "Key": 5.0}
+    path = lines(tmp_path / "t.jsonl", row, {**row, "Key": None})
+    found = import_records(path, gold_field="Key")
+    assert found.records[0]["gold_answer"] == "5" and import_records(path).records[0]["gold_answer"] == "wrong"
+    assert found.records[1]["gold_answer"] is None
+    with pytest.raises(FormatError, match="no row has the field 'key'; fields of the first row: prompt, completion, answer, Key"):
+        import_records(path, gold_field="key")

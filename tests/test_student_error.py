@@ -20,6 +20,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import make_trace
 from dccot_jax.select import sampled
+from dccot_jax.tasks.plain import plain_task_name
 from dccot_jax.tasks.registry import build_prompt, get_task
 from dccot_jax.train.checkpoint import Student
 
@@ -139,3 +140,11 @@ def test_resume_asks_no_committed_question_again(ask):
     resumed = ask(list(reversed(rows)), "torn")
     assert resumed[0] == whole[0] and resumed[3] == whole[3]
     assert len(Scripted.asked) == 9 - 4 and not set(Scripted.asked) & set(first[:4])  # two chunks of two were committed
+
+
+def test_a_row_with_its_own_prompt_is_asked_with_it(ask):
+    Scripted.replies = {"own": ("The answer is 5.", "stop"), "question": ("The answer is 6.", "stop")}
+    plain, own = trace("question?", "5", task=plain_task_name("number")), trace("question?", "5", prompt="own words?", target="y")
+    column, _, _, samples = ask([plain, own])
+    assert sorted(Scripted.asked) == ["own words?", "question?"] and len(samples) == 2
+    assert (column[plain.id], column[own.id]) == (1.0, 0.0)

@@ -1,7 +1,8 @@
 """Signals that need the student to write: `student_error`, from one greedy answer per question.
 
-The question is asked exactly as evaluation asks it (the task's prompt, the student's template, the same token budget),
-and judged by the task's own answer rules. Samples are kept with their trace ids in samples.jsonl.
+The question is asked exactly as evaluation asks it (the task's prompt, the student's template, the same token budget; a
+row with a prompt of its own is asked with that), and judged by the task's own answer rules. Samples are kept with their
+trace ids in samples.jsonl.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.chunks import committed, drop_other_layouts, read_committed
 from dccot_jax.context import Context
 from dccot_jax.data.template import render_prompt, reply_text
+from dccot_jax.data.tokenize import training_prompt
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.generate.greedy import greedy, make_sampler
 from dccot_jax.generate.sampler import Generated
 from dccot_jax.records import Dropped, Trace, content_hash
 from dccot_jax.tasks.answers import judge
-from dccot_jax.tasks.registry import build_prompt, get_task
 from dccot_jax.train.checkpoint import Student
 
 FORWARD = "forward"
@@ -35,11 +36,12 @@ FORWARD = "forward"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question the student answers once. `rows` are the trace ids that get its result."""
+    """One question the student answers once, as the user message `prompt`. `rows` are the trace ids that get its result."""
 
     id: str
     task: str
     question: str
+    prompt: str
     choices: tuple[str, ...]
     gold: str
     answer_type: str
@@ -66,11 +68,12 @@ def questions_of(traces: Sequence[Trace]) -> tuple[list[Question], list[Dropped]
         elif not asks.gold_answer:
             dropped.append(Dropped(trace.id, "missing_gold", "student_error: no gold answer to compare with"))
         else:
-            key = content_hash("question/1", asks.task, asks.question, asks.choices, asks.gold_answer, asks.answer_type)
+            own = () if asks.prompt is None else (asks.prompt,)
+            key = content_hash("question/1", asks.task, asks.question, asks.choices, asks.gold_answer, asks.answer_type, *own)
             asked.setdefault(key, asks)
             rows.setdefault(key, []).append(trace.id)
     questions = [
-        Question(key, t.task, t.question, t.choices, t.gold_answer or "", t.answer_type, tuple(rows[key]))
+        Question(key, t.task, t.question, training_prompt(t), t.choices, t.gold_answer or "", t.answer_type, tuple(rows[key]))
         for key, t in sorted(asked.items())
     ]
     return questions, dropped
@@ -163,7 +166,7 @@ def _with_prompts(
     """Questions with their prompt ids, short prompts first so that those of a batch are of similar length."""
     found, dropped = [], []
     for question in questions:
-        prompt = render_prompt(tokenizer, build_prompt(get_task(question.task), question.question, question.choices))
+        prompt = render_prompt(tokenizer, question.prompt)
         if len(prompt) + max_new_tokens > max_positions:
             detail = f"student_error: {len(prompt)} prompt tokens + {max_new_tokens} new > {max_positions} positions"
             dropped += [Dropped(row, "prompt_too_long", detail) for row in question.rows]

@@ -11,7 +11,7 @@ from typing import Any
 
 from dccot_jax.records import ANSWER_TYPES, InputError, content_hash
 
-DOMAINS = ("math", "commonsense", "science", "logic", "nli", "symbolic")
+DOMAINS = ("math", "commonsense", "science", "logic", "nli", "symbolic", "any")
 
 
 class TaskDataError(InputError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from dccot_jax.records import InputError, Trace, content_hash, normalise_question
 from dccot_jax.tasks.answers_words import LETTERS
 from dccot_jax.tasks.base import Item, Task, TaskDataError
+from dccot_jax.tasks.plain import PLAIN_TASKS
 
 _TASKS: dict[str, Task] = {}
 
@@ -35,7 +36,9 @@ def register(task: Task) -> Task:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name. Raises UnknownTaskError naming the nearest."""
+    """The task of that name, or one of `PLAIN_TASKS`. Raises UnknownTaskError naming the nearest."""
+    if name in PLAIN_TASKS:
+        return PLAIN_TASKS[name]
     _register_all()
     if name not in _TASKS:
         near = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.4)
