@@ -1,17 +1,26 @@
 """The command line: one verb per thing a user wants done.
 
+A run, from traces to a report:
   dccot run      --config=FILE.py --workdir=DIR [--config.a.b=value ...] [--until=STAGE] [--only=STAGE]
   dccot report   --workdir=DIR
   dccot eval     --config=FILE.py --checkpoint=DIR [--workdir=DIR]
   dccot export   --checkpoint=DIR --out=DIR
   dccot export-traces --workdir=DIR --format=FORMAT --out=FILE [--stage=STAGE] [--arm=NAME[/SEED]]
+
+Any file of traces and any Hugging Face student, without a config (more with `dccot score --help`, ...):
+  dccot score     TRACES --student=DIR --signals=nll,ifd_loss --out=scores.parquet
+  dccot select    TRACES --scores=scores.parquet --recipe=RECIPE --out=kept.jsonl
+  dccot stability TRACES --student=DIR --recipe=RECIPE --out=stability.json
+
+What there is, and whether it works here:
   dccot tasks    [--data_dir=DIR]
   dccot validate --config=FILE.py
   dccot doctor   [--workdir=DIR] [--config=FILE.py]
   dccot estimate --config=FILE.py --topology=v5e-16|v5p-128|v6e-256|h100x8|cpu [--json] [--noaot]
 
-FORMAT is messages, prompt_completion, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select (default: the
-kept traces); FILE ends in .jsonl, .json or .parquet.
+FORMAT is messages, prompt_completion, question_answer, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select
+(default: the kept traces); FILE and TRACES are .jsonl, .json or .parquet; RECIPE is JSON, a .json file or a config file like those in
+configs/select.
 
 Exit codes: 0 done; 1 failed; 2 a command, config or input that cannot work; 75 stopped cleanly after SIGTERM or Ctrl-C;
 76 another process of the run is gone; 130 interrupted at once by a second signal. After 75, 76, 130 or a kill the same
@@ -44,6 +53,9 @@ from dccot_jax.records import InputError
 from dccot_jax.stopping import LOST_PEER, STOPPED, Stopped, StopRequest
 
 _FLAGS = flags.FlagValues()
+_STANDALONE = ("score", "select", "stability")
+_WORDS: list[str] = []  # of this command: what is neither a flag nor a flag's value
+_OVERRIDES: dict[str, str] = {}  # of a command without a config file: {dotted key: text}
 
 
 def _define_flags() -> None:
@@ -87,12 +99,9 @@ def main(argv: Sequence[str]) -> int:
         if verb not in VERBS:
             raise UsageError(f"unknown command {verb!r}; commands are {', '.join(VERBS)}")
         if any(word in ("-h", "--help") for word in rest):
-            print(__doc__)
+            _help(verb)
             return 0
-        _parse(rest)
-        for name in ("format", "stage", "arm"):  # not to be taken for a choice of what runs
-            if _FLAGS[name].present and verb != "export-traces":
-                raise UsageError(f"--{name} goes with export-traces")
+        _parse(verb, rest)
         code = VERBS[verb](console)
     except Exception as error:
         code = _explain_end(error, verb, console)
@@ -133,13 +142,33 @@ def console() -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def _parse(arguments: Sequence[str]) -> None:
+def _help(verb: str) -> None:
+    if verb in _STANDALONE:
+        from dccot_jax.standalone.help import help_text
+
+        print(help_text(verb))
+    else:
+        print(__doc__)
+
+
+def _parse(verb: str, arguments: Sequence[str]) -> None:
     """Parse flags; turns every complaint into a UsageError of one line."""
+    _WORDS.clear()
+    _OVERRIDES.clear()
+    own: dict[str, tuple[str, ...]] = {"format": ("export-traces", *_STANDALONE), "stage": ("export-traces",), "arm": ("export-traces",)}
+    if verb in _STANDALONE:
+        from dccot_jax.standalone import request
+
+        arguments, overrides = request.split_overrides(arguments)
+        _OVERRIDES.update(overrides)
+        own |= dict.fromkeys(("config", "workdir", "until", "only", "checkpoint"), ()) | request.FLAG_VERBS
     for argument in arguments:
         path = argument.removeprefix("--config=").split(":")[0]
         if argument.startswith("--config=") and not Path(path).is_file():
             raise UsageError(f"--config={path}: no such file")
     _define_flags()
+    if verb in _STANDALONE:
+        request.define_flags(_FLAGS)
     before, sys.argv = sys.argv, ["dccot", *arguments]  # config_flags looks for overrides there
     try:
         left = _FLAGS(["dccot", *arguments])
@@ -151,8 +180,13 @@ def _parse(arguments: Sequence[str]) -> None:
         raise UsageError(_explain(error, arguments)) from None
     finally:
         sys.argv = before
-    if len(left) > 1:
+    if verb in _STANDALONE:
+        _WORDS.extend(left[1:])
+    elif len(left) > 1:
         raise UsageError(f"unexpected argument {left[1]!r}")
+    for name, verbs in own.items():  # not to be taken for a choice of what runs
+        if _FLAGS[name].present and verb not in verbs:
+            raise UsageError(f"--{name} goes with {', '.join(verbs)}" if verbs else f"--{name} does not go with {verb}")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain and orbax read absl flags
 
@@ -378,6 +412,22 @@ def _estimate(console: Console) -> int:
     return 0
 
 
+def _standalone(verb: str) -> Callable[[Console], int]:
+    """The handler of a command that works on a file of traces."""
+
+    def handle(console: Console) -> int:
+        from dccot_jax.standalone import command, request
+
+        given = {name: _FLAGS[name].value for name in (*request.FLAGS, "out", "format", "data_dir")}
+        asked = command.parse(verb, given, _WORDS, _OVERRIDES)
+        ctx = _context(asked.workdir, _FLAGS.data_dir)
+        with _locked(asked.workdir, ctx):
+            command.run(asked, ctx)
+        return 0
+
+    return handle
+
+
 VERBS: dict[str, Callable[[Console], int]] = {
     "run": _run,
     "report": _report,
@@ -386,6 +436,9 @@ VERBS: dict[str, Callable[[Console], int]] = {
     "export-traces": _export_traces,
     "tasks": _tasks,
     "validate": _validate,
+    "score": _standalone("score"),
+    "select": _standalone("select"),
+    "stability": _standalone("stability"),
     "doctor": _doctor,
     "estimate": _estimate,
 }

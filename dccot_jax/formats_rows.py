@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -329,8 +330,13 @@ def _fields(
         if isinstance(row.get(name), str):
             fields[name] = row[name]
     rest_of_row = {key: value for key, value in row.items() if key not in used and key not in fields and value is not None}
-    fields["meta"] = canonical_json({"row": rest_of_row}) if rest_of_row else "{}"
+    fields["meta"] = canonical_json({"row": _as_json(rest_of_row)}) if rest_of_row else "{}"
     return fields
+
+
+def _as_json(columns: Mapping[str, Any]) -> Any:
+    """Columns as JSON holds them: dates, bytes and decimals (parquet has them) as text, NaN and infinities as null."""
+    return json.loads(json.dumps(dict(columns), default=str), parse_constant=lambda text: None)
 
 
 def gold_text(value: Any) -> str | None:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,24 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
     if (not until or until == REPORT) and only in ("", REPORT):
         report(config, runs, ctx)
     return runs
+
+
+def needed(config: ConfigDict, target: str, given: Collection[str] = ()) -> list[Node]:
+    """The node `target` of a config's graph and those it is made from, in that order; not those `given`, nor what only these need."""
+    nodes = graph(config, base=False)
+    wanted = {target}
+    for node in reversed(nodes.values()):  # a node reads only from nodes before it
+        if node.name in wanted:
+            wanted.update(name for name in node.inputs.values() if name not in given)
+    return [node for node in nodes.values() if node.name in wanted]
+
+
+def make(config: ConfigDict, target: str, ctx: Context, given: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """The artifacts `given` and those of `needed`, made in `ctx.workdir` where they are not there; resumes like a run."""
+    store, done = Store(ctx.workdir / "artifacts"), dict(given)
+    for node in needed(config, target, given):
+        done[node.name], _ = _make(store, node, done, target, ctx)
+    return done
 
 
 def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context, *, force: bool = False) -> None:

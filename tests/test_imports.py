@@ -23,7 +23,7 @@ def _room(module: str, floors: dict[str, int]) -> str | None:
 
 def test_no_room_imports_from_a_floor_above_it():
     floors = _floors()
-    assert {"records", "tasks", "data", "train", "select", "pipeline", "cli"} <= set(floors)
+    assert {"records", "tasks", "data", "train", "select", "pipeline", "standalone", "cli"} <= set(floors)
     wrong = []
     for path in sorted((ROOT / "dccot_jax").rglob("*.py")):
         here = _room(".".join(path.relative_to(ROOT).with_suffix("").parts), floors)

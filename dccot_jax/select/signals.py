@@ -68,6 +68,8 @@ class Signal:
 
 
 _REGISTRY: dict[str, Signal] = {}
+# Signals that no row without a gold answer can have.
+NEEDS_GOLD = ("answer_gain", "student_error")
 
 
 def signal(**needs: Sequence[str]) -> Callable[[Callable[[Stats, Mask], jax.Array]], Callable[[Stats, Mask], jax.Array]]:

@@ -1,0 +1,368 @@
+"""dccot score, select and stability on a tiny Hugging Face student: the pipeline's own numbers, resume, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from standalone_cases import PAIRS, POSITIONS, make_student, rows_of, write_lines
+from tiny import tiny_config
+
+from dccot_jax import pipeline
+from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.cli import main
+from dccot_jax.context import Context
+from dccot_jax.formats import export_traces
+from dccot_jax.model.sharding import make_mesh
+from dccot_jax.records import table_to_traces
+from dccot_jax.select import engine
+from dccot_jax.select.columns import ScoreColumns
+from dccot_jax.select.signals import signal_names
+from dccot_jax.standalone.stability import Outcome, compare
+
+TOP = {"name": "top", "signal": "nll", "share": 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiling for one device is quicker; other tests of the engine use several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "make_mesh", lambda sizes: make_mesh({"fsdp": 1}, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def scored(student, tmp_path_factory):
+    """A folder with traces.jsonl (12 rows with gold answers, then a repeated and a far too long one) and their scores."""
+    folder = tmp_path_factory.mktemp("scored")
+    rows = rows_of("messages", key=lambda n: 5 if n == 3 else n + n * 7 % 10)
+    long = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "one " * 700}]}
+    write_lines(folder / "traces.jsonl", [*rows, rows[0], long])
+    arguments = ["--signals=nll,ifd_loss", f"--student={student}", f"--out={folder / 'scores.parquet'}"]
+    assert main(["score", str(folder / "traces.jsonl"), *arguments]) == 0
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command; returns (exit code, standard output, standard error)."""
+
+    def run(*words):
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def columns(path: Path) -> dict[str, list]:
+    return pq.read_table(path).to_pydict()
+
+
+# --- score --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_scored_or_dropped_with_a_reason(scored):
+    table, dropped = columns(scored / "scores.parquet"), columns(scored / "scores.dropped.parquet")
+    assert list(table) == ["id", "source", "prompt_tokens", "completion_tokens", "ifd_loss", "nll"]
+    assert table["source"] == [f"traces.jsonl:{n}" for n in range(1, 13)]  # the file's order
+    assert dropped["source"] == ["traces.jsonl:13", "traces.jsonl:14"] and dropped["reason"] == ["duplicate", "too_long"]
+    assert dropped["detail"][1].endswith(f"at most {POSITIONS}")
+    assert np.isfinite(table["nll"]).all() and min(table["completion_tokens"]) > 5
+    assert sorted(path.name for path in scored.iterdir()) == ["scores.dropped.parquet", "scores.parquet", "traces.jsonl"]
+
+
+def test_scores_and_choice_are_those_of_a_run(student, tmp_path, call):
+    config = tiny_config(
+        student__path=str(student),
+        traces__questions=30,
+        tokens__max_length=POSITIONS,
+        train__row_tokens=POSITIONS,
+        score__student="base",
+        score__signals=("nll", "ifd_ppl"),
+        select__steps=({"name": "teacher_correct"}, {"name": "top", "signal": "ifd_ppl", "share": 0.4}, {"name": "random", "tokens": 400}),
+        evaluate__base=False,
+    )
+    [run] = pipeline.run(config, Context(workdir=tmp_path / "run"), until="select")
+    traces = table_to_traces(run.artifacts["verify"].table("traces"))
+    export_traces(traces[::-1], tmp_path / "t.jsonl", "trace")
+    out = tmp_path / "s.parquet"
+    assert call("score", tmp_path / "t.jsonl", f"--student={student}", "--signals=ifd_ppl,nll", f"--out={out}", "--batch_size=2")[0] == 0
+    mine, theirs = pq.read_table(out).sort_by("id"), run.artifacts["score"].table("scores")
+    assert len(mine) > 20 and mine.drop_columns(["source", "prompt_tokens"]).replace_schema_metadata().equals(theirs)
+
+    (tmp_path / "r.json").write_text(json.dumps(list(config.select.steps)))
+    code, said, _ = call(
+        "select", tmp_path / "t.jsonl", f"--scores={out}", f"--recipe={tmp_path / 'r.json'}", f"--out={tmp_path / 'k.jsonl'}"
+    )
+    kept = [json.loads(line)["id"] for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    chosen = run.artifacts["select"]
+    assert code == 0 and 0 < len(kept) < 20 and sorted(kept) == chosen.table("kept")["id"].to_pylist()
+    assert "random(tokens=400)" in said and "mean kept" in said
+    reasons = {row["id"]: (row["reason"], row["detail"]) for row in pq.read_table(tmp_path / "k.dropped.parquet").to_pylist()}
+    lost = [row for stage in ("tokenize", "select") for row in run.artifacts[stage].table("dropped").to_pylist()]
+    assert reasons == {row["id"]: (row["reason"], row["detail"]) for row in lost}
+
+
+def test_killed_scoring_goes_on_and_a_finished_one_has_nothing_to_do(scored, student, tmp_path, call, monkeypatch):
+    path, out = scored / "traces.jsonl", tmp_path / "s.parquet"
+    words = ["score", path, f"--student={student}", "--signals=nll,ifd_loss", f"--out={out}", "--config.score.chunk_rows=1"]
+    commit, committed = ArtifactWriter.commit_chunk, []
+
+    def dying(self, series, index, table):
+        if len(committed) == stop:
+            raise KeyboardInterrupt
+        committed.append(index)
+        commit(self, series, index, table)
+
+    monkeypatch.setattr("dccot_jax.select.views.TILE_TOKENS", {"cpu": 32})
+    monkeypatch.setattr("dccot_jax.select.engine.TILE_TOKENS", {"cpu": 32})
+    monkeypatch.setattr(ArtifactWriter, "commit_chunk", dying)
+    stop = 1
+    assert call(*words)[0] == 130 and not out.exists() and (tmp_path / "s.parquet.parts").exists()
+    first, stop = list(committed), -1
+    assert call(*words)[0] == 0
+    assert len(first) == 1 < len(committed) and len(set(committed)) == len(committed)  # no chunk twice
+    assert not (tmp_path / "s.parquet.parts").exists()
+    mine, whole = columns(out), columns(scored / "scores.parquet")
+    assert mine["id"] == whole["id"] and np.allclose(mine["nll"], whole["nll"], rtol=1e-5)
+    done, before = list(committed), out.read_bytes()
+    code, _, said = call(*words)
+    assert code == 0 and "up to date" in said and committed == done and out.read_bytes() == before
+    code, _, said = call(*[w for w in words if "signals" not in str(w)], "--signals=ppl")
+    assert code == 2 and "exists and was made from something else" in said and out.read_bytes() == before
+    assert not (tmp_path / "s.parquet.parts").exists()
+
+
+def test_a_sampled_signal_asks_the_rows_own_question(scored, student, tmp_path, call):
+    path, out = scored / "traces.jsonl", tmp_path / "s.parquet"
+    words = ["score", path, f"--student={student}", "--signals=student_error", f"--out={out}", "--config.evaluate.max_new_tokens=6"]
+    code, _, said = call(*words)
+    assert code == 2 and "student_error needs right answers, and no row has one; name their column by --gold_field: messages, key" in said
+    assert "say of which type they are, e.g. --answer_type=number" in call(*words, "--gold_field=key")[2]
+    assert "no row has the field 'kye'; fields of the first row: messages, key" in call(*words, "--gold_field=kye")[2]
+    assert call(*words, "--gold_field=key", "--answer_type=number")[0] == 0
+    assert columns(out)["student_error"] == [1.0] * 12  # a random student
+    samples = [json.loads(line) for line in (tmp_path / "s.samples.jsonl").read_text().splitlines()]
+    assert {s["question"] for s in samples} == {question for question, _ in PAIRS} and samples[0]["task"] == "rows:number"
+    reasons = dict(zip(columns(tmp_path / "s.dropped.parquet")["source"], columns(tmp_path / "s.dropped.parquet")["reason"]))
+    assert reasons == {"traces.jsonl:13": "duplicate", "traces.jsonl:14": "too_long"}
+
+
+# --- select -------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_compose_and_rows_come_out_as_they_stood(scored, tmp_path, call):
+    out, recipe = tmp_path / "kept.jsonl", json.dumps(["teacher_correct", TOP])
+    words = ["select", scored / "traces.jsonl", f"--scores={scored / 'scores.parquet'}", f"--recipe={recipe}", f"--out={out}"]
+    code, _, said = call(*words)
+    assert code == 2 and "not_verified 12" in said and "--gold_field and --answer_type" in said and not list(tmp_path.iterdir())
+    code, said, _ = call(*words, "--gold_field=key", "--answer_type=number")
+    assert code == 0 and "wrote" in said and "teacher_wrong" in said
+    lines = (scored / "traces.jsonl").read_text().splitlines()
+    scores = columns(scored / "scores.parquet")
+    right = [n for n in range(12) if n != 3]
+    best = sorted(sorted(right, key=lambda n: -scores["nll"][n])[:5])  # half of 11, rounded down
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [json.loads(lines[n]) for n in best]
+    dropped = columns(tmp_path / "kept.dropped.parquet")
+    assert len(dropped["id"]) == 14 - 5 and dropped["reason"][dropped["source"].index("traces.jsonl:4")] == "teacher_wrong"
+    assert dropped["reason"][-2:] == ["duplicate", "too_long"]  # why it has no scores, from the table beside them
+    code, _, said = call(*words)
+    assert code == 2 and "kept.jsonl exists" in said
+
+
+def test_lengths_come_from_the_scores_or_from_the_student(scored, student, tmp_path, call):
+    recipe = '--recipe={"name": "random", "tokens": 80}'
+    code, _, said = call("select", scored / "traces.jsonl", recipe, f"--out={tmp_path / 'a.jsonl'}")
+    assert code == 2 and "--student=DIR to count with its tokenizer" in said
+    assert call("select", scored / "traces.jsonl", recipe, f"--student={student}", f"--out={tmp_path / 'a.jsonl'}")[0] == 0
+    assert call("select", scored / "traces.jsonl", recipe, f"--scores={scored / 'scores.parquet'}", f"--out={tmp_path / 'b.jsonl'}")[0] == 0
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text() != ""
+    other = [f"--out={tmp_path / 'c.jsonl'}", recipe, f"--scores={scored / 'scores.parquet'}"]
+    code, _, said = call("select", write_lines(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}]), *other)
+    assert code == 2 and "scores of other traces?" in said
+
+
+def test_vectors_and_own_columns_join_by_id(scored, tmp_path, call):
+    ids = columns(scored / "scores.parquet")["id"]
+    angles = np.linspace(0, np.pi, 12)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    table = {"id": ids, "mine": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 2), "length": list(range(12))}
+    pq.write_table(pa.table(table), tmp_path / "mine.parquet")
+    steps = [{"name": "bottom", "signal": "length", "rows": 11}, {"name": "kcenter", "vector": "mine", "rows": 2}]
+    words = [
+        "select",
+        scored / "traces.jsonl",
+        f"--scores={scored / 'scores.parquet'},{tmp_path / 'mine.parquet'}",
+        f"--out={tmp_path / 'k.parquet'}",
+    ]
+    assert call(*words, f"--recipe={json.dumps(steps)}")[0] == 0
+    kept = [row["messages"][0]["content"] for row in pq.read_table(tmp_path / "k.parquet").to_pylist()]
+    places = [[question for question, _ in PAIRS].index(question) for question in kept]
+    assert len(places) == 2 and 11 not in places and abs(places[0] - places[1]) > 3  # far apart on the half circle
+    (tmp_path / "k.parquet").unlink()
+    (tmp_path / "k.dropped.parquet").unlink()
+    code, _, said = call(*words, '--recipe={"name": "kcenter", "vector": "nll", "rows": 2}')
+    assert code == 2 and "'nll' is a number, not a vector; vectors: mine" in said
+
+
+def test_vectors_of_the_student_are_columns_too(scored, student, tmp_path, call):
+    words = [scored / "traces.jsonl", f"--student={student}", "--signals=embedding_rationale,nll"]
+    assert call("score", *words, f"--out={tmp_path / 's.parquet'}")[0] == 0
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.schema.field("embedding_rationale").type == pa.list_(pa.float32(), 16)
+    assert table["nll"].to_pylist() == columns(scored / "scores.parquet")["nll"]
+    recipe = '--recipe={"name": "kcenter", "vector": "embedding_rationale", "rows": 4}'
+    assert call("select", words[0], f"--scores={tmp_path / 's.parquet'}", recipe, f"--out={tmp_path / 'k.jsonl'}")[0] == 0
+    out = tmp_path / "stability.json"
+    assert call("stability", words[0], words[1], recipe, f"--out={out}", "--seed=0", "--dtype=float32", "--batch_size=1,2")[0] == 0
+    [change] = json.loads(out.read_text())["changes"]
+    assert change["equal"] and change["signals"] == {
+        "embedding_rationale": {"kind": "vector", "rows": 12, "lost": 0, "max_difference": 0.0}
+    }
+
+
+def test_a_group_that_is_not_whole_is_dropped(scored, student, tmp_path, call):
+    rows = [{"question": f"Q{n}?", "forward_reasoning": "F", "backward_question": f"S{n}?", "backward_reasoning": "G"} for n in range(3)]
+    path, scores = write_lines(tmp_path / "t.jsonl", rows), tmp_path / "s.parquet"
+    assert call("score", path, f"--student={student}", "--signals=nll", f"--out={scores}")[0] == 0
+    pq.write_table(pq.read_table(scores).slice(1), scores)
+    (tmp_path / "s.dropped.parquet").unlink()
+    assert call("select", path, f"--scores={scores}", '--recipe="none"', f"--out={tmp_path / 'k.jsonl'}")[0] == 0
+    assert [json.loads(line)["question"] for line in (tmp_path / "k.jsonl").read_text().splitlines()] == ["Q1?", "Q2?"]
+    assert sorted(columns(tmp_path / "k.dropped.parquet")["reason"]) == ["group_incomplete", "group_incomplete", "not_scored"]
+
+
+# --- stability ----------------------------------------------------------------------------------------------------------
+
+
+def test_stability_by_seed_dtype_and_batch_size(scored, student, tmp_path, call):
+    out, recipe = tmp_path / "stability.json", json.dumps([TOP, {"name": "random", "rows": 3}])
+    code, said, _ = call("stability", scored / "traces.jsonl", f"--student={student}", f"--recipe={recipe}", f"--out={out}", "--seed=0,1")
+    assert code == 0 and "Jaccard" in said and "batch_size 64" in said
+    report = json.loads(out.read_text())
+    assert report["baseline"] == {"seed": 0, "dtype": "float32", "batch_size": 1} and report["kept_rows"] == 3
+    found = {change["factor"]: change for change in report["changes"]}
+    batch = found["batch_size"]
+    assert batch["equal"] and batch["jaccard"] == 1.0
+    assert batch["signals"]["nll"] == {"kind": "number", "rows": 12, "lost": 0, "max_difference": 0.0, "spearman": 1.0, "kendall": 1.0}
+    assert found["seed"]["jaccard"] < 1 and found["seed"]["signals"]["nll"]["spearman"] == 1.0  # only the draw differs
+    dtype = found["dtype"]["signals"]["nll"]
+    assert 0 < dtype["max_difference"] < 0.1 and 0.5 < dtype["kendall"] <= 1 and not found["dtype"]["equal"]
+    assert [path.name for path in tmp_path.iterdir()] == ["stability.json"]
+
+
+def test_every_batch_size_is_scored_anew(scored, student, tmp_path, call, monkeypatch):
+    """A score that hangs on the batch size is found: the second one must not come out of the store."""
+    sizes = []
+
+    def leaking(*arguments, in_flight, **rest):
+        sizes.append(in_flight)
+        for found, values in score_tiles(*arguments, in_flight=in_flight, **rest):
+            yield found, values + np.float32(1e-3) * (in_flight > 1)
+
+    score_tiles = engine.score_tiles
+    monkeypatch.setattr(engine, "score_tiles", leaking)
+    words = ["stability", scored / "traces.jsonl", f"--student={student}", f"--recipe={json.dumps(TOP)}", f"--out={tmp_path / 's.json'}"]
+    code, _, said = call(*words, "--seed=0", "--dtype=float32", "--batch_size=1,3")
+    assert code == 2 and "batch size 3 changes scores or the kept set" in said and sizes == [1, 3]
+
+
+def test_comparison_counts_lost_rows_and_vectors():
+    ids, vectors = "abc", {i: np.eye(3, dtype=np.float32)[n] for n, i in enumerate("abc")}
+    first = Outcome(ScoreColumns({"x": {i: float(n) for n, i in enumerate(ids)}}, {"v": vectors}), frozenset("ab"))
+    other = Outcome(ScoreColumns({"x": {"a": 1.0, "b": 0.0}}, {"v": {**vectors, "c": vectors["c"] * 3}}), frozenset("bc"))
+    found = compare(first, other, ids)
+    assert found["signals"]["x"] == {"kind": "number", "rows": 2, "lost": 1, "max_difference": 1.0, "spearman": None, "kendall": -1.0}
+    assert found["signals"]["v"] == {"kind": "vector", "rows": 3, "lost": 0, "max_difference": 2.0}
+    assert (
+        found["jaccard"] == pytest.approx(1 / 3)
+        and found["jaccard_expected"] == pytest.approx(4 / 3 / (4 - 4 / 3))
+        and not found["equal"]
+        and compare(first, first, ids)["equal"]
+    )
+
+
+# --- what is refused, and help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["score"], "one file of traces is needed, got 0"),
+        (["score", "no.jsonl"], "no.jsonl: no such file"),
+        (["score", "T"], "--out=FILE.parquet is needed"),
+        (["score", "T", "--out=s.csv"], "--out=s.csv: must end in .parquet"),
+        (["score", "T", "--out=s.parquet"], "--student=DIR is needed"),
+        (["score", "T", "--out=s.parquet", "--student=S"], "--signals is needed"),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll,ifd_los"], "--signals: 'ifd_los' is not one of"),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nil"], "(did you mean 'nll'?)"),
+        (["score", "T", "--out=s.parquet", "--student=/nowhere", "--signals=nll"], "--student: no config.json in /nowhere"),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--dtype=float16"], "--dtype=float16: must be one of float32"),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--dtype=float32,bfloat16"], "one value is needed"),
+        (
+            ["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--batch_size=0"],
+            "--batch_size=0: must be a whole number of at",
+        ),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--max_length=999"], f"the student has {POSITIONS} positions"),
+        (
+            ["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--max_length=3"],
+            "no row could be scored (duplicate 1, too_long",
+        ),
+        (
+            ["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--config.score.chunk=1"],
+            "did you mean config.score.chunk_rows?",
+        ),
+        (
+            ["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--config.seed=1"],
+            "'seed' has a flag of its own: write --seed=1",
+        ),
+        (["score", "T", "--out=s.parquet", "--format=mesages"], "--format=mesages: must be one of auto, trace"),
+        (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--format=eit"], "missing_field instruction"),
+        (["score", "T", "--out=s.parquet", "--scores=x"], "--scores goes with select, stability"),
+        (["score", "T", "--out=s.parquet", "--workdir=x"], "--workdir does not go with score"),
+        (["select", "T", "--out=k.jsonl"], "--recipe is needed"),
+        (["select", "T", "--out=k.jsonl", '--recipe=["tpo"]'], "--recipe[0].name: 'tpo' is not one of"),
+        (["select", "T", "--out=k.jsonl", '--recipe=["none"]', "--scores=no.parquet"], "--scores: 'no.parquet': no such file"),
+        (
+            ["select", "T", "--out=k.jsonl", "--scores=P", '--recipe={"name": "top", "signal": "ifd", "rows": 1}'],
+            "signal 'ifd' has no scores",
+        ),
+        (["select", "T", "--out=k.csv", "--scores=P", '--recipe=["none"]'], "cannot tell what to write; use .jsonl"),
+        (["select", "T", "--out=T", '--recipe=["none"]'], "is the file of traces itself"),
+        (["run", "T"], "unexpected argument"),
+        (["report", "--format=eit"], "--format goes with export-traces, score, select, stability"),
+    ],
+)
+def test_what_cannot_work_is_one_line(scored, student, tmp_path, monkeypatch, call, words, message):
+    monkeypatch.chdir(tmp_path)
+    place = {"T": scored / "traces.jsonl", "--student=S": f"--student={student}", "--scores=P": f"--scores={scored / 'scores.parquet'}"}
+    place["--out=T"] = f"--out={scored / 'traces.jsonl'}"
+    code, _, said = call(*(place.get(word, word) for word in words))
+    assert code == 2 and message in said.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_grouped_and_knows_every_signal_and_flag(call):
+    _, said, _ = call("--help")
+    assert (
+        said.index("A run")
+        < said.index("dccot run")
+        < said.index("Any file of traces")
+        < said.index("dccot score")
+        < said.index("dccot doctor")
+    )
+    _, said, _ = call("score", "--help")
+    assert all(name in said for name in (*signal_names(), "--gold_field", "--config.score.chunk_rows: 256")) and "--scores" not in said
+    _, said, _ = call("select", "--help")
+    assert "kcenter" in said and "--scores" in said and "config.select" not in said
