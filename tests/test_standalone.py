@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from dccot_jax.select.columns import ScoreColumns
 from dccot_jax.select.signals import signal_names
 from dccot_jax.standalone.stability import Outcome, compare
 
+ROOT = Path(__file__).resolve().parent.parent
 TOP = {"name": "top", "signal": "nll", "share": 0.5}
 
 
@@ -351,6 +354,20 @@ def test_what_cannot_work_is_one_line(scored, student, tmp_path, monkeypatch, ca
     code, _, said = call(*(place.get(word, word) for word in words))
     assert code == 2 and message in said.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_documented_commands_work(student, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "traces.jsonl", rows_of("messages", final=lambda n: str(n + n * 7 % 10)))
+    text = (ROOT / "docs" / "selection.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ").replace("DIR", str(student))
+    commands = [
+        shlex.split(line)[1:] for line in blocks.splitlines() if line.startswith(("dccot score", "dccot select", "dccot stability"))
+    ]
+    assert len(commands) == 5
+    for words in commands:
+        assert call(*words)[0] == 0, words
+    assert sum(1 for _ in (tmp_path / "hard.jsonl").open()) == 12 and (tmp_path / "stability.json").exists()
 
 
 def test_help_is_grouped_and_knows_every_signal_and_flag(call):
