@@ -420,8 +420,7 @@ def _standalone(verb: str) -> Callable[[Console], int]:
 
         given = {name: _FLAGS[name].value for name in (*request.FLAGS, "out", "format", "data_dir")}
         asked = command.parse(verb, given, _WORDS, _OVERRIDES)
-        ctx = _context(asked.workdir, _FLAGS.data_dir)
-        with _locked(asked.workdir, ctx):
+        with _started(asked.workdir, _FLAGS.data_dir) as ctx, _locked(asked.workdir, ctx):
             command.run(asked, ctx)
         return 0
 

@@ -194,13 +194,12 @@ def identities(**changes):
 
 def test_settings_count_where_a_signal_reads_them(watched, base_dir, tmp_path):
     plain = identities()
-    unread = {
-        "score__over_time__learned": 0.5,
-        "score__judge__retries": 7,
-        "score__gradients__dim": 64,
-        "score__models__holdout": str(base_dir),
-    }
-    for changes in ({key: value} for key, value in unread.items()):
+    for changes in (
+        {"score__over_time__learned": 0.5},
+        {"score__judge__retries": 7},
+        {"score__gradients__dim": 64},
+        {"score__models__holdout": str(base_dir)},
+    ):
         assert identities(**changes) == plain
     over = identities(**OVER_TIME)
     assert identities(**OVER_TIME | {"score__over_time__learned": 0.2})["score"] != over["score"]

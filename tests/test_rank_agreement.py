@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from dccot_jax.standalone.agreement import kendall, spearman
+from dccot_jax.standalone.rank_agreement import kendall, spearman
 
 
 def pairwise_kendall(a, b):

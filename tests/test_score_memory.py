@@ -55,12 +55,12 @@ def test_scoring_on_cpu_holds_one_chunk_of_logits(monkeypatch):
     rows, length = 2, 1024
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     everything = rows * length * SMALL.vocab_size
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", everything // 32)
+    monkeypatch.setattr(head, "_BLOCKS", {"cpu": (everything // 32, SMALL.vocab_size)})
     compiled = compiled_scoring(SMALL, mesh, Bucket(length, length), rows, "float32")
     assert compiled.memory_analysis().temp_size_in_bytes < everything * 4 / 4
     tables = SMALL.vocab_size * SMALL.hidden_size
     assert largest_over_vocabulary(compiled.as_text(), SMALL.vocab_size, tables) <= everything // 32
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", everything)  # the same figures see [B, T, V] where there is one
+    monkeypatch.setattr(head, "_BLOCKS", {"cpu": (everything, SMALL.vocab_size)})  # the same figures see [B, T, V] where there is one
     compiled = compiled_scoring(SMALL, mesh, Bucket(length, length), rows, "float32")
     assert compiled.memory_analysis().temp_size_in_bytes > everything * 4
     assert largest_over_vocabulary(compiled.as_text(), SMALL.vocab_size, tables) == everything

@@ -22,7 +22,7 @@ from dccot_jax.context import Context
 from dccot_jax.formats import export_traces
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import table_to_traces
-from dccot_jax.select import engine
+from dccot_jax.select import engine, packed
 from dccot_jax.select.columns import ScoreColumns
 from dccot_jax.select.signals import signal_names
 from dccot_jax.standalone.stability import Outcome, compare
@@ -271,11 +271,11 @@ def test_every_batch_size_is_scored_anew(scored, student, tmp_path, call, monkey
 
     def leaking(*arguments, in_flight, **rest):
         sizes.append(in_flight)
-        for found, values in score_tiles(*arguments, in_flight=in_flight, **rest):
+        for found, values in score_bins(*arguments, in_flight=in_flight, **rest):
             yield found, values + np.float32(1e-3) * (in_flight > 1)
 
-    score_tiles = engine.score_tiles
-    monkeypatch.setattr(engine, "score_tiles", leaking)
+    score_bins = packed.score_bins
+    monkeypatch.setattr(packed, "score_bins", leaking)
     words = ["stability", scored / "traces.jsonl", f"--student={student}", f"--recipe={json.dumps(TOP)}", f"--out={tmp_path / 's.json'}"]
     code, _, said = call(*words, "--seed=0", "--dtype=float32", "--batch_size=1,3")
     assert code == 2 and "batch size 3 changes scores or the kept set" in said and sizes == [1, 3]

@@ -28,6 +28,7 @@ CLASSES = 4  # lengths of key lists in a program
 SHORT = 512  # paths up to this length share one program; beyond, one for each power of two
 MIN_ROOT = 8
 OPEN_BINS = 16
+FEW_BINS = 32  # per shard
 SLACK = 1.1  # how far a bin's blocks and scored positions may exceed their share, which the shape has to hold for every bin
 
 Span = tuple[int, int]  # first token in the stream, number of tokens
@@ -122,7 +123,7 @@ def plan_packed(rows: Sequence[Row], reading: Reading, *, shards: int, tile_toke
     for band in sorted(bands):
         need = max(reading.shared + _cost(rows, reading, [i])[0] for found in bands[band] for i in found)
         size = tile_tokens if need <= tile_tokens else bucket_length(need)
-        bins = _fill(rows, reading, bands[band], _room(rows, reading, bands[band], size - reading.shared))
+        size, bins = _even(rows, reading, bands[band], need, size, shards)
         shape = _shape(rows, reading, bins, size)
         bins += [()] * (-len(bins) % shards)
         tiles += [PackedTile(tuple(bins[at : at + shards]), shape) for at in range(0, len(bins), shards)]
@@ -188,6 +189,25 @@ def _room(rows: Sequence[Row], reading: Reading, prompts: Sequence[list[int]], t
         return max(max(cost[n] for cost in single), int(SLACK * tokens * of_all / max(total, 1)))
 
     return tokens, share(1, scored), share(2, blocks)
+
+
+def _even(
+    rows: Sequence[Row], reading: Reading, prompts: Sequence[list[int]], need: int, size: int, shards: int
+) -> tuple[int, list[tuple[Group, ...]]]:
+    """Bins of at most `size` tokens, and how many they hold: where there are few, they are made smaller, so that none is half empty."""
+    bins = _fill(rows, reading, prompts, _room(rows, reading, prompts, size - reading.shared))
+    if len(bins) > FEW_BINS * shards:
+        return size, bins
+    count = -(-len(bins) // shards) * shards
+    total = sum(_cost(rows, reading, found)[0] for found in prompts)
+    for slack in range(2, 30, 2):  # per cent
+        smaller = -(-max(need, reading.shared + total * (100 + slack) // (100 * count)) // 64) * 64
+        if smaller >= size:
+            break
+        found = _fill(rows, reading, prompts, _room(rows, reading, prompts, smaller - reading.shared))
+        if len(found) <= count:
+            return smaller, found
+    return size, bins
 
 
 def _fill(rows: Sequence[Row], reading: Reading, prompts: Sequence[list[int]], room: Cost) -> list[tuple[Group, ...]]:

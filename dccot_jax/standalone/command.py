@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 
 from dccot_jax.context import Context
@@ -28,7 +27,7 @@ def run(request: Request, ctx: Context) -> None:
     finally:
         scores = [path for depth in ("", "*/") for path in request.workdir.glob(f"{depth}artifacts/score-*/*")]
         if ctx.is_main and not scores:
-            shutil.rmtree(request.workdir, ignore_errors=True)
+            request.clear_parts()
 
 
 @contextlib.contextmanager

@@ -88,6 +88,16 @@ class Request:
     def steps(self) -> list[Step]:
         return list(config_lib.to_plain(self.config.select.steps))
 
+    def clear_parts(self) -> None:
+        """Remove `workdir`, but for the replies of judges, which may have cost money, where there are any."""
+        if not self.workdir.exists():
+            return
+        paid = self.workdir / "cache"
+        for path in self.workdir.iterdir() if paid.exists() else (self.workdir,):
+            if path == paid:
+                continue
+            path.rmtree() if path.is_dir() else path.unlink()
+
     def beside(self, name: str) -> Path:
         """A further output: ``scores.parquet`` -> ``scores.<name>``."""
         return self.out.with_name(f"{_ENDING.sub('', self.out.name)}.{name}")

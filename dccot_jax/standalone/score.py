@@ -7,7 +7,6 @@ table is whole. What the table was made from stands in its metadata, so the same
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dccot_jax import config as config_lib
-from dccot_jax import pipeline
+from dccot_jax import pipeline, preflight
 from dccot_jax.artifact import Artifact, file_hash, write_atomic, write_table
 from dccot_jax.context import Context
-from dccot_jax.external import student_files
+from dccot_jax.external import EXTERNAL
 from dccot_jax.records import InputError, content_hash, count_reasons
 from dccot_jax.select.signals import NEEDS_GOLD
 from dccot_jax.standalone import show
@@ -26,7 +25,6 @@ from dccot_jax.standalone.request import Request
 from dccot_jax.standalone.rows import TraceFile, read_dropped, read_traces, rows_artifact, write_dropped
 
 _META = b"dccot_scores"
-_STAGES = ("student", "tokenize", "score")  # whose config keys say what the table means
 
 
 def run(request: Request, ctx: Context) -> None:
@@ -35,6 +33,7 @@ def run(request: Request, ctx: Context) -> None:
 
     Raises InputError: no usable row, gold answers missing that a signal needs, or `out` holds other scores.
     """
+    check_less(request)
     made_from = _made_from(request)
     if request.out.exists():
         if _meta(request).get("made_from") == made_from:
@@ -61,8 +60,16 @@ def prepare(request: Request, file: TraceFile, ctx: Context) -> tuple[config_lib
     length = request.max_length or positions
     if length > positions:
         raise InputError(f"--max_length={length}: the student has {positions} positions")
-    config = config_lib.override(request.config, {"tokens.max_length": length, "train.row_tokens": max(length, 1)})
+    config = config_lib.override(request.config, {"tokens.max_length": length, "train.row_tokens": length})
+    preflight.check(config)
     return config, given
+
+
+def check_less(request: Request) -> None:
+    """Raises InputError if `less` is asked for without a validation side: here is no training task whose items could be it."""
+    if "less" in request.config.score.signals and not request.config.score.gradients.validation:
+        key = "config.score.gradients.validation"
+        raise InputError(f"less compares rows with others: --{key}=\"({{'traces': 32}},)\" takes those of the file, {{'task': …}} a task's")
 
 
 def check_gold(file: TraceFile, request: Request) -> None:
@@ -96,7 +103,7 @@ def _write(request: Request, file: TraceFile, done: Mapping[str, Artifact], made
     write_table(
         request.out, table.replace_schema_metadata({_META: json.dumps(about, sort_keys=True).encode()})
     )  # last: it says all is there
-    shutil.rmtree(request.workdir)
+    request.clear_parts()
     show.scores(table, dropped)
     show.files(request.out, request.beside("dropped.parquet"))
 
@@ -122,11 +129,14 @@ def in_file_order(file: TraceFile, scores: pa.Table, tokens: pa.Table) -> pa.Tab
 
 def _made_from(request: Request) -> str:
     """Hash of everything that decides the table: the file, the student's files, options of the stages and their versions."""
-    keys = [key for name in _STAGES for key in pipeline.STAGES[name].config_keys]
-    options: dict[str, Any] = config_lib.config_slice(request.config, [key for key in keys if key != "student"])
+    nodes = pipeline.needed(request.config, "score", ("verify",))
+    options, files = [], {}
+    for node in nodes:
+        keys = [key for key in node.stage.config_keys if key != "student"]  # known by its files
+        options.append([node.name, node.stage.version, dict(node.inputs), config_lib.config_slice(node.config, keys)])
+        files |= EXTERNAL[node.stage.external](node.config) if node.stage.external else {}
     read = [request.format, request.gold_field, request.answer_type, request.max_length]
-    versions = [pipeline.STAGES[name].version for name in _STAGES]
-    return content_hash("scores/1", file_hash(request.file), student_files(request.config), options, read, versions)
+    return content_hash("scores/1", file_hash(request.file), options, files, read)
 
 
 def _meta(request: Request) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,7 +63,7 @@ def run(request: Request, ctx: Context) -> None:
         raise InputError(f"{error}{hint}") from None
     finally:
         if ctx.is_main:
-            shutil.rmtree(request.workdir, ignore_errors=True)
+            request.clear_parts()
 
 
 def _candidates(request: Request, file: TraceFile, ctx: Context) -> tuple[dict[str, Artifact], list[Dropped]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +21,10 @@ from dccot_jax.records import InputError
 from dccot_jax.report.distributions import overlaps
 from dccot_jax.select.columns import ScoreColumns, read_columns
 from dccot_jax.standalone import show
-from dccot_jax.standalone.agreement import kendall, spearman
+from dccot_jax.standalone.rank_agreement import kendall, spearman
 from dccot_jax.standalone.request import KEYS, Request
 from dccot_jax.standalone.rows import judged, read_traces
-from dccot_jax.standalone.score import check_gold, prepare
+from dccot_jax.standalone.score import check_gold, check_less, prepare
 
 # What a batch is to each part of scoring: tiles in flight, rows committed together, replies generated together.
 _BATCH_KEYS = (KEYS["batch_size"], "score.chunk_rows", "evaluate.batch_rows")
@@ -46,6 +45,7 @@ def run(request: Request, ctx: Context) -> None:
     """
     if request.out.exists():
         raise InputError(f"--out={request.out}: exists; name another file")
+    check_less(request)
     file = read_traces(request.file, format=request.format, gold_field=request.gold_field, answer_type=request.answer_type)
     check_gold(file, request)
     file = judged(file, request.config.verify.time_limit_seconds, ctx)
@@ -73,7 +73,7 @@ def run(request: Request, ctx: Context) -> None:
         "changes": changes,
     }
     write_atomic(request.out, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    shutil.rmtree(request.workdir)
+    request.clear_parts()
     show.stability(report)
     broken = [change for change in changes if change["factor"] == "batch_size" and not change["equal"]]
     if broken:

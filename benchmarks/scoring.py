@@ -1,0 +1,367 @@
+"""Scoring speed on this machine: dccot_jax against Hugging Face torch, in one run, alternately, on the same rows.
+
+    python benchmarks/scoring.py --data ../shared/data --student DIR --json scoring.json
+
+Both sides compute nll, entropy, ifd_loss and ifd_ppl (a conditional and an unconditional view). Two samples of real traces:
+`mixed` has one trace per question (SVAMP and GSM8K), `shared` 16 traces of each question (SVAMP). The peer is
+`peers/score_torch.py`, in an interpreter that has torch and transformers (`--peer-python`, else a virtual environment made
+with the extra `bench`): one row at a time as published, and batched, sorted by length, with logits of completion positions
+only, at the best of several batch sizes. Every figure is the best of `--repeats`; compilation and loading are not in it.
+Without `--student`, or with `--shape 25m`, a random model of 25 million parameters is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+SIGNALS = ("nll", "entropy", "ifd_loss", "ifd_ppl")
+QUESTION = "{}\nSolve step by step and end with 'The answer is <number>'."
+TEACHERS = (("ChatGPT", 6), ("gemini", 6), ("llama", 4))
+SVAMP = [f"svamp/eit/SVAMP_{name}_level{level}_ranked.json.gz" for name, levels in TEACHERS for level in range(1, levels + 1)]
+GSM8K = [f"gsm8k/eit/gsm8k_{name}_level{level}_ranked.json.gz" for name in ("gemini", "llama") for level in (1, 2)]
+GOALS = {
+    "ratio_batched_float32": 1.0,
+    "ratio_batched_bfloat16": 1.3,
+    "ratio_single_float32": 1.5,
+    "ratio_single_bfloat16": 3.5,
+    "ratio_shared_float32": 1.3,
+    "ratio_shared_bfloat16": 2.0,
+}
+SAME = 1e-4  # nats: how far float32 scores may lie from the peer's
+SHAPE_25M = {  # 25 million parameters, half of them the embedding of the student's vocabulary
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+}
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------------
+
+
+def mixed_pairs(data: Path, count: int) -> list[tuple[str, str]]:
+    """(question, trace), one per question, evenly from all files."""
+    files = [*SVAMP, *GSM8K * 4]
+    chosen, asked = [], set()
+    for n in range(count):
+        rows = read(data / files[n % len(files)])
+        pick = random.Random(n)
+        row = pick.choice(rows)
+        while row["instruction"] in asked:
+            row = pick.choice(rows)
+        asked.add(row["instruction"])
+        chosen.append((row["instruction"], row["output"]))
+    return chosen
+
+
+def shared_pairs(data: Path, questions: int) -> list[tuple[str, str]]:
+    """16 traces of each of a few questions."""
+    tables = [{plain(row["instruction"]): row for row in read(data / name)} for name in SVAMP]
+    common = sorted(set.intersection(*(set(table) for table in tables)))
+    chosen = random.Random(0).sample(common, questions)
+    return [(tables[0][key]["instruction"], table[key]["output"]) for key in chosen for table in tables]
+
+
+def read(path: Path, cache: dict[Path, Any] = {}) -> list[dict[str, str]]:  # noqa: B006
+    if path not in cache:
+        with gzip.open(path, "rt") as file:
+            cache[path] = json.load(file)
+    return cache[path]
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def make_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    import numpy as np
+
+    from dccot_jax.data.template import render_many
+    from dccot_jax.select.views import Row
+
+    rendered = render_many(tokenizer, [(QUESTION.format(question), trace) for question, trace in pairs])
+    return [
+        Row(f"{n:05d}", np.asarray(row.input_ids, np.int32), row.prompt_tokens)
+        for n, row in enumerate(rendered)
+        if not isinstance(row, Exception)
+    ]
+
+
+def save_rows(path: Path, rows: Sequence[Any], context: Sequence[int]) -> Path:
+    found = [{"input_ids": row.input_ids.tolist(), "prompt_tokens": row.prompt_tokens} for row in rows]
+    path.write_text(json.dumps({"context": list(context), "rows": found}))
+    return path
+
+
+# --- the two sides --------------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """The torch worker; it sleeps while the other side is timed."""
+
+    def __init__(self, python: str):
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [python, str(HERE / "peers" / "score_torch.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the peer died on {request}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
+
+
+class Ours:
+    """The packed scorer of dccot_jax, compiled once per sample."""
+
+    def __init__(self, student: Path, dtype: str):
+        import jax
+
+        from dccot_jax.model import hf
+        from dccot_jax.model.sharding import make_mesh
+        from dccot_jax.select import engine
+        from dccot_jax.select.signals import split_signals
+
+        self.mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+        self.mc, params = hf.load_hf(student, self.mesh)
+        self.params = engine.cast_matrices(params, dtype, self.mesh)
+        self.signals, _ = split_signals(SIGNALS)
+        self.columns = [[signal.name for signal in self.signals].index(name) for name in SIGNALS]
+        self.dtype = dtype
+
+    def score(self, rows: Sequence[Any], context: Sequence[int], tile_tokens: int | None = None) -> tuple[float, Any]:
+        """(seconds, [N, 4] scores in the order of SIGNALS); planning and laying out are in the time, writing files is not."""
+        import jax
+        import numpy as np
+
+        from dccot_jax.select import packed, packing
+        from dccot_jax.select.views import TILE_TOKENS, TILE_TOKENS_ACCELERATOR
+
+        started = time.perf_counter()
+        reading = packing.find_reading(rows, context, whole=False)
+        size = tile_tokens or TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
+        tiles = packing.plan_packed(rows, reading, shards=1, tile_tokens=size)
+        program = packed.make_packed_program(self.mc, self.signals, self.dtype)
+        scores = np.zeros((len(rows), len(SIGNALS)), np.float32)
+        for index, values in packed.score_bins(program, self.params, self.mesh, rows, reading, tiles, in_flight=4):
+            scores[index] = values[:, self.columns]
+        return time.perf_counter() - started, scores
+
+
+def peer_python(given: str | None, cache: Path) -> str:
+    """An interpreter with torch and transformers: the given one, or that of a virtual environment with the extra `bench`."""
+    if given:
+        return given
+    python = cache / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        venv.create(cache, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", f"{HERE.parent}[bench]"], check=True)
+    return str(python)
+
+
+# --- measurements ---------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    ours: Ours, peer: Peer, files: dict[str, Path], rows: dict[str, list[Any]], context: Sequence[int], args: Any
+) -> dict[str, Any]:
+    """Rows per second of both sides on every sample, measured in turn, and how far the scores lie apart."""
+    import numpy as np
+
+    found: dict[str, Any] = {}
+    for sample in rows:
+        compile_s, scores = ours.score(rows[sample], context)
+        peer.ask(do="score", rows=str(files[sample]), way="batched", batch=8, first=8)  # warm
+        trials = {b: peer.ask(do="score", rows=str(files[sample]), way="batched", batch=b)["seconds"] for b in args.batches}
+        batch = min(trials, key=lambda b: trials[b])
+        times: dict[str, list[float]] = {"ours": [], "batched": [trials[batch]]}
+        theirs = None
+        for _ in range(args.repeats):
+            times["ours"].append(ours.score(rows[sample], context)[0])
+            answer = peer.ask(do="score", rows=str(files[sample]), way="batched", batch=batch)
+            times["batched"].append(answer["seconds"])
+            theirs = np.array(answer["scores"])
+        count = len(rows[sample])
+        found[sample] = {
+            "rows": count,
+            "ours_rows_per_s": count / min(times["ours"]),
+            "batched_rows_per_s": count / min(times["batched"]),
+            "batch": batch,
+            "batched_rows_per_s_by_batch": {str(b): count / s for b, s in trials.items()},
+            "first_call_s": compile_s,
+            "largest_difference": dict(zip(SIGNALS, np.abs(scores - theirs).max(0).tolist())),
+        }
+        if sample == "mixed":
+            few = min(args.single_rows, count)
+            single = min(peer.ask(do="score", rows=str(files[sample]), way="single", first=few)["seconds"] for _ in range(args.repeats))
+            found[sample]["single_rows_per_s"] = few / single
+    return found
+
+
+def scaling(counts: Sequence[int]) -> dict[str, Any]:
+    """Seconds and peak memory of scoring synthetic rows with a tiny model, per number of rows, each in a fresh process."""
+    found = {}
+    for count in counts:
+        run = subprocess.run([sys.executable, __file__, "--synthetic", str(count)], check=True, capture_output=True, text=True)
+        found[count] = json.loads(run.stdout.splitlines()[-1])
+    first, last = min(counts), max(counts)
+    slope = (found[last]["seconds"] / last) / (found[first]["seconds"] / first)
+    per_row = (found[last]["peak_mb"] - found[first]["peak_mb"]) * 2**20 / (last - first)
+    return {"runs": {str(n): run for n, run in found.items()}, "seconds_per_row_ratio": slope, "peak_bytes_per_row": per_row}
+
+
+def synthetic(count: int) -> None:
+    """Score `count` random rows with a tiny random model; print seconds and peak memory beside what the rows themselves take."""
+    import jax
+    import numpy as np
+
+    from dccot_jax.model import decoder
+    from dccot_jax.model.config import ModelConfig
+    from dccot_jax.model.sharding import make_mesh
+    from dccot_jax.select.signals import split_signals
+    from dccot_jax.select.views import Row
+
+    rng = np.random.default_rng(0)
+    mc = ModelConfig("llama", 512, 32, 64, 2, 2, 1, 16, tie_embeddings=True, max_positions=512)
+    lengths = rng.integers(20, 120, (count, 2))
+    buffer = rng.integers(8, 512, int(lengths.sum()), dtype=np.int32)
+    ends = lengths.sum(1).cumsum()
+    rows = [Row(f"{n:06d}", buffer[end - sum(own) : end], int(own[0])) for n, (end, own) in enumerate(zip(ends, lengths))]
+    ours = object.__new__(Ours)
+    ours.mesh, ours.mc, ours.dtype = make_mesh({"fsdp": 1}, jax.devices()[:1]), mc, "float32"
+    ours.signals, _ = split_signals(SIGNALS)
+    ours.columns = [[signal.name for signal in ours.signals].index(name) for name in SIGNALS]
+    with jax.set_mesh(ours.mesh):
+        ours.params = decoder.init_params(mc, 0)
+    ours.score(rows, [1, 2, 3])  # compiles
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, _ = ours.score(rows, [1, 2, 3])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024, "grown_mb": (peak - before) / 1024, "tokens_mb": buffer.nbytes / 2**20}))
+
+
+def random_student(folder: Path, python: str) -> Path:
+    """A random model of 25 million parameters in the Hugging Face layout, made by the peer's transformers."""
+    code = (
+        "import sys, json, torch, transformers; torch.manual_seed(0);"
+        "transformers.LlamaForCausalLM(transformers.LlamaConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+    )
+    subprocess.run([python, "-c", code, json.dumps(SHAPE_25M), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def machine() -> dict[str, Any]:
+    import jax
+
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, default=Path("~/.cache/dccot_jax/smollm2-135m-instruct").expanduser())
+    parser.add_argument("--shape", choices=("student", "25m"), default="student", help="25m: a random model, the student's tokenizer")
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--samples", nargs="+", choices=("mixed", "shared"), default=["mixed", "shared"])
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--questions", type=int, default=6, help="of the sample with 16 traces each")
+    parser.add_argument("--single_rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--scale", type=int, nargs="*", default=[1000, 10000, 100000], help="synthetic rows; nothing: skip")
+    parser.add_argument("--peer-python", help="an interpreter with torch and transformers")
+    parser.add_argument("--peer-venv", type=Path, default=Path("~/.cache/dccot_jax/bench-venv").expanduser())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--synthetic", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.synthetic:
+        synthetic(args.synthetic)
+        return {}
+
+    from dccot_jax.data.tokenizer import load_tokenizer
+    from dccot_jax.select.views import completion_context
+
+    python = peer_python(args.peer_python, args.peer_venv)
+    tokenizer = load_tokenizer(args.student)
+    pairs = {"mixed": mixed_pairs(args.data, args.rows), "shared": shared_pairs(args.data, args.questions)}
+    rows = {name: make_rows(tokenizer, pairs[name]) for name in args.samples}
+    context = completion_context(tokenizer, rows[args.samples[0]])
+    result: dict[str, Any] = {"goals": {}, "detail": {"machine": machine(), "student": args.shape, "samples": {}}}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: save_rows(Path(folder) / f"{name}.json", chosen, context) for name, chosen in rows.items()}
+        student = args.student if args.shape == "student" else random_student(Path(folder) / "25m", python)
+        peer = Peer(python)
+        for dtype in args.dtypes:
+            result["detail"]["peer"] = peer.ask(do="load", model=str(student), dtype=dtype)
+            found = compare(Ours(student, dtype), peer, files, rows, context, args)
+            result["detail"]["samples"][dtype] = found
+            ratios = {}
+            for sample, way, name in (("mixed", "batched", "batched"), ("mixed", "single", "single"), ("shared", "batched", "shared")):
+                if sample in found:
+                    ratios[f"ratio_{name}_{dtype}"] = found[sample]["ours_rows_per_s"] / found[sample][f"{way}_rows_per_s"]
+            result |= ratios
+            result["goals"] |= {name: GOALS[name] for name in ratios}
+            if dtype == "float32":
+                worst = max(max(found[sample]["largest_difference"].values()) for sample in found)
+                if worst > SAME:
+                    raise SystemExit(f"float32 scores differ from the peer's by up to {worst:.2e}, more than {SAME}")
+        peer.close()
+    if args.scale:
+        result["detail"]["scaling"] = scaled = scaling(args.scale)
+        result["ratio_linear_in_rows"] = 1 / scaled["seconds_per_row_ratio"]
+        result["goals"]["ratio_linear_in_rows"] = 0.95
+    show(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['detail']['machine']}  peer {result['detail']['peer']}")
+    print(f"{'':20s} {'ours':>8s} {'batched':>8s} {'single':>8s}  rows/s; largest difference of a score")
+    for dtype, found in result["detail"]["samples"].items():
+        for sample, x in found.items():
+            single = f"{x['single_rows_per_s']:8.2f}" if "single_rows_per_s" in x else " " * 8
+            worst = max(x["largest_difference"].values())
+            print(f"{dtype + ' ' + sample:20s} {x['ours_rows_per_s']:8.2f} {x['batched_rows_per_s']:8.2f} {single}  {worst:.1e}")
+    if "scaling" in result["detail"]:
+        for count, run in result["detail"]["scaling"]["runs"].items():
+            memory = f"peak {run['peak_mb']:.0f} MB, of that tokens {run['tokens_mb']:.0f} MB"
+            print(f"{count:>8s} synthetic rows: {run['seconds']:.2f} s, {memory}")
+    for name, goal in result["goals"].items():
+        print(f"{name:28s} {result[name]:6.2f}  goal {goal:4.2f}  {'met' if result[name] >= goal else 'NOT MET'}")
+
+
+if __name__ == "__main__":
+    main()
