@@ -165,6 +165,7 @@ def run(
                 found = to_host(metrics)
                 asked = found.pop(VOTE, (0.0, 1.0))[0] > 0 if voting else bool(ctx.stop.asked)
                 watchdog.beat(f"step {step}")
+                saver.check()
                 window.add(found)
                 smoothed.add(*found["loss"])
                 if skips.add(step, found["skipped"][0] > 0):

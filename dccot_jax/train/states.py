@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _SIZES = "sizes.json"
 _DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError)  # what Orbax and tensorstore raise on files that do not read
 _TEXT_BYTES = 256  # of a message that processes exchange
 _MOST_STEPS = 1024  # checkpoints in a directory
+_POLL_SECONDS = 0.01
 
 
 def kept_steps(losses: Mapping[int, float | None], *, last: int, best: int) -> set[int]:
@@ -70,8 +72,10 @@ class TrainCheckpoints:
             self._path.mkdir(parents=True, exist_ok=True)
         _barrier("checkpoint directory")
         self._losses = saved_losses(self._path)
+        self._failure: Exception | None = None  # of the write in flight
         self._manager = ocp.CheckpointManager(
             self._path,
+            handler_registry=_handlers(self._note_failure),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Kept(self._losses, keep, keep_best), cleanup_tmp_directories=True, create=False
             ),
@@ -95,6 +99,9 @@ class TrainCheckpoints:
 
     def settle(self) -> None:
         """Wait for the write in flight, then record the sizes of its files: how a torn file is told before it is read."""
+        while self._failure is None and self._manager.is_saving_in_progress():
+            time.sleep(_POLL_SECONDS)
+        self.check()
         with self._writes():
             self._manager.wait_until_finished()
             if self._writing is not None and jax.process_index() == 0:
@@ -102,6 +109,19 @@ class TrainCheckpoints:
                 sizes = {str(file.relative_to(folder)): file.stat().length for file in sorted(walk(folder))}
                 write_atomic(folder / _SIZES, json.dumps(sizes).encode())
         self._writing = None
+
+    def check(self) -> None:
+        """Raises CheckpointError if the write in flight has failed on this process; waits for nothing.
+
+        Orbax raises it when all processes have ended their write, for which the others wait too, and wait for this one.
+        """
+        error, self._failure = self._failure, None
+        if error is not None:
+            with self._writes():
+                raise error
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failure = error
 
     def close(self) -> None:
         """Finish every write in flight. May be called again."""
@@ -115,9 +135,11 @@ class TrainCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        # After an error, such as this process's disk being full, the others may never come to the barriers of a write.
-        if kind is None or jax.process_count() == 1 or issubclass(kind, Stopped):
+        if kind is None or issubclass(kind, Stopped):
             self.close()
+        elif jax.process_count() == 1:  # else, the others may never come to the barriers of a write
+            with contextlib.suppress(CheckpointError):  # of a write, where there is an error already
+                self.close()
 
     @contextlib.contextmanager
     def _writes(self) -> Iterator[None]:
@@ -197,6 +219,43 @@ class TrainCheckpoints:
                     f"{self._path / str(step)}: checkpoint of another {name} ({theirs[:16]}); this training's {name} is {mine[:16]}. "
                     "Remove the directory or train in another workdir"
                 )
+
+
+def _handlers(on_failure: Callable[[Exception], None]) -> Any:
+    """Orbax's handlers of the two items of a checkpoint; a write that fails in the background is told at once."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item, save, restore, handler in (
+        ("state", ocp.args.StandardSave, ocp.args.StandardRestore, ocp.StandardCheckpointHandler()),
+        ("meta", ocp.args.JsonSave, ocp.args.JsonRestore, ocp.JsonCheckpointHandler()),
+    ):
+        handler.async_save = _watched(handler.async_save, on_failure)
+        registry.add(item, save, handler)
+        registry.add(item, restore, handler)
+    return registry
+
+
+def _watched(save: Callable[..., Any], on_failure: Callable[[Exception], None]) -> Callable[..., Any]:
+    async def watched(*args: Any, **kwargs: Any) -> list[_Watched]:
+        return [_Watched(future, on_failure) for future in await save(*args, **kwargs) or ()]
+
+    return watched
+
+
+class _Watched:
+    """A future of Orbax that tells when it ends in an error."""
+
+    def __init__(self, future: Any, on_failure: Callable[[Exception], None]):
+        self._future, self._on_failure = future, on_failure
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._on_failure(error)
+            raise
+
+    def cancel(self) -> Any:
+        return self._future.cancel()
 
 
 class _Kept:
