@@ -14,11 +14,14 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 GOAL_TOKENS_PER_SECOND = 1_000_000
 MEAN_TOKENS = 150  # of a document, as in distilled traces of short word problems

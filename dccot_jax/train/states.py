@@ -102,7 +102,8 @@ class TrainCheckpoints:
         while self._failure is None and self._manager.is_saving_in_progress():
             time.sleep(_POLL_SECONDS)
         self.check()
-        with self._writes():
+        told = () if self._writing is not None else (OSError, ValueError)  # Orbax raises later what `check` has raised
+        with self._writes(), contextlib.suppress(*told):
             self._manager.wait_until_finished()
             if self._writing is not None and jax.process_index() == 0:
                 folder = self._path / str(self._writing)
@@ -116,7 +117,7 @@ class TrainCheckpoints:
         Orbax raises it when all processes have ended their write, for which the others wait too, and wait for this one.
         """
         error, self._failure = self._failure, None
-        if error is not None:
+        if error is not None and self._writing is not None:  # a write fails once, whichever of its files fail
             with self._writes():
                 raise error
 
