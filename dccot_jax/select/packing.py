@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from hashlib import blake2b
 from operator import itemgetter
 from typing import Any
 
@@ -111,10 +112,10 @@ def find_reading(rows: Sequence[Row], context: Sequence[int] | None, *, whole: b
 
 
 def plan_packed(rows: Sequence[Row], reading: Reading, *, shards: int, tile_tokens: int) -> list[PackedTile]:
-    """Rows into bins of at least `tile_tokens` tokens, bins into tiles of `shards` bins. Every row is in exactly one bin."""
+    """Rows into bins of about `tile_tokens` tokens (more where a row is longer), bins into tiles of `shards` bins. No row is split."""
     prompts: dict[bytes, list[int]] = {}
     for i in sorted(range(len(rows)), key=lambda i: rows[i].id):
-        prompts.setdefault(rows[i].input_ids[: rows[i].prompt_tokens].tobytes(), []).append(i)
+        prompts.setdefault(blake2b(rows[i].input_ids[: rows[i].prompt_tokens].tobytes(), digest_size=16).digest(), []).append(i)
     bands: dict[int, list[list[int]]] = {}
     for found in prompts.values():
         longest = max(len(rows[i].input_ids) for i in found)
