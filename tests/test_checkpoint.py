@@ -228,6 +228,22 @@ def test_a_checkpoint_is_written_behind_the_trainings_back(tmp_path, monkeypatch
     _equal(restored, expected)
 
 
+def test_a_record_that_changes_while_it_is_written_is_stored_as_it_was(tmp_path, monkeypatch):
+    """The loop goes on adding to its sums; what a slow write stores is what they were when the state was."""
+    on = mesh(1, 2, 1)
+    gate = threading.Event()
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: dumps(*args, **kwargs) if gate.wait(120) else "")
+    with jax.set_mesh(on), TrainCheckpoints(tmp_path, OWNER, keep=1, log=print) as saver:
+        record = {"window": {"steps": 1, "sums": {"loss": [3.0, 2.0]}}, "skipped_in_a_row": [7]}
+        saver.save(1, _state(on), record)
+        record["window"]["sums"]["loss"][0] += 1.0
+        record["skipped_in_a_row"].append(8)
+        gate.set()
+    (_, _, stored), _ = _restore(tmp_path, on)
+    assert stored == {"window": {"steps": 1, "sums": {"loss": [3.0, 2.0]}}, "skipped_in_a_row": [7]}
+
+
 def test_nothing_to_restore(tmp_path):
     assert _restore(tmp_path / "none", mesh(1, 1, 1)) == (None, [])
 

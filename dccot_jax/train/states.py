@@ -8,6 +8,7 @@ together: what one of them cannot read, none uses. With `checkpoint` the only mo
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -85,13 +86,13 @@ class TrainCheckpoints:
     # --- writing -------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, record: Mapping[str, Any], *, loss: float | None = None) -> None:
-        """Start writing a checkpoint; returns once the arrays are copied to the host, so `state` may be donated next.
+        """Start writing a checkpoint; returns once all is copied, so `state` may be donated and `record` changed next.
 
         Raises CheckpointError if this one, or the one before it, cannot be written; those that are there stay.
         """
         self.settle()
         sums = np.asarray(jax.device_get(self._checksums(state))).tolist()
-        meta = {"step": step, "owner": self._owner, "checksums": sums, "loss": loss, "record": dict(record)}
+        meta = {"step": step, "owner": self._owner, "checksums": sums, "loss": loss, "record": copy.deepcopy(dict(record))}
         self._losses[step] = loss
         self._writing = step
         with self._writes():
