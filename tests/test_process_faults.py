@@ -58,6 +58,8 @@ class Run:
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} --xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TEST_HEARTBEAT": str(heartbeat),
         }
         command = [
@@ -233,6 +235,8 @@ def test_every_stage_stops_on_both(tmp_path, stage):
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, __file__, str(tmp_path), str(port), stage]
     started = [
