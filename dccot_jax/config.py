@@ -101,6 +101,7 @@ def default_config() -> ConfigDict:
     c.score.chunk_rows = 256  # rows per committed chunk
     c.score.batch_tiles = 4  # tiles per dispatch; changes speed, never scores
     c.score.warmup = ConfigDict({"share": 0.1, "steps": 50})
+    c.score.sampling = ConfigDict({"samples": 8, "temperature": 1.0, "seed": 0})  # pass_rate: answers per question, how they are drawn
     c.score.gradients = ConfigDict()  # of the signals `grand` and `less`; see docs/gradients.md
     c.score.gradients.norm = "ghost"  # grand: ghost | exact: one full gradient after the other, to check with
     c.score.gradients.norm_subset = ("*",)  # grand: weights whose gradient counts, names or patterns

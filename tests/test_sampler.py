@@ -69,7 +69,7 @@ def test_one_at_a_time_equals_together_and_a_second_call_compiles_nothing(case):
     mc, params, eos, expected = case
     sampler = Sampler(mc, params, batch_rows=1, eos_id=sorted(eos))
     assert [as_pairs(sampler.generate([prompt], NEW))[0] for prompt in PROMPTS[:4]] == expected[:4]
-    prefill, decode = programs(mc, sampler._mesh, 1, jnp.dtype("float32"), True)
+    prefill, decode = programs(mc, sampler._mesh, 1, jnp.dtype("float32"), True, False)
     before = prefill._cache_size(), decode._cache_size()
     again = Sampler(mc, params, batch_rows=1, eos_id=sorted(eos))
     assert [as_pairs(again.generate([prompt], NEW))[0] for prompt in PROMPTS[:4]] == expected[:4]
@@ -93,6 +93,16 @@ def test_draws_depend_on_seed_and_row_id_not_on_the_batch():
     assert as_pairs(apart) == [as_pairs(together)[row] for row in some]
     assert as_pairs(sampler.generate(PROMPTS, NEW, temperature=0.8, seed=4)) != as_pairs(together)
     assert len({tuple(result.tokens) for result in sampler.generate([PROMPTS[0]] * 8, NEW, temperature=0.8)}) > 1
+
+
+def test_entropy_is_the_mean_over_the_written_tokens_whatever_the_batch(case):
+    mc, params, eos, expected = case
+    for rows in (1, 4):
+        results = Sampler(mc, params, batch_rows=rows, eos_id=sorted(eos)).generate(PROMPTS[:6], NEW, entropy=True)
+        assert as_pairs(results) == expected[:6]
+        for prompt, result in zip(PROMPTS, results):
+            logp = log_softmax(reference_logits(params, mc, np.array([*prompt, *result.tokens]))[len(prompt) - 1 : -1])
+            assert result.entropy == pytest.approx(-np.mean(np.sum(np.exp(logp) * logp, axis=-1)), abs=1e-5)
 
 
 def test_drawn_frequencies_follow_the_model():

@@ -325,10 +325,14 @@ def test_rows_in_are_the_rows_of_the_token_table_also_where_an_answer_is_lost(st
     rows = make_rows(8)
     none = Row("none", np.full(12, 9, np.int32), 12)
 
-    def scripted(cfg, student, mesh, traces, out, ctx):
-        return {trace.id: 1.0 for trace in traces[3:]}, [Dropped(trace.id, "missing_gold", "") for trace in traces[:3]], {}
+    def scripted(cfg, names, student, mesh, traces, out, ctx):
+        return (
+            {"student_error": {trace.id: 1.0 for trace in traces[3:]}},
+            [Dropped(trace.id, "missing_gold", "") for trace in traces[:3]],
+            {},
+        )
 
-    monkeypatch.setattr(sampled, "student_error", scripted)
+    monkeypatch.setattr(sampled, "score", scripted)
     monkeypatch.setattr(engine, "table_to_traces", lambda _: [SimpleNamespace(id=row.id) for row in [*rows, none]])
     verify = {"verify": Fake({"traces": pa.table({})})}
     for name, chosen in (("sampled", ("student_error",)), ("both", ("nll", "student_error"))):

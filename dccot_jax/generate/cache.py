@@ -29,7 +29,7 @@ def bucket(length: int) -> int:
 
 
 def new_state(mc: ModelConfig, slots: int, prompt_columns: int, ring_columns: int, dtype: Any) -> State:
-    """Empty slots. k, v: per layer [S, K, P + R, H]; the rest int32 or bool [S], `answer` [S, R], `step` a scalar."""
+    """Empty slots. k, v: per layer [S, K, P + R, H]; the rest [S], int32, bool or (`entropy`) float32, `answer` [S, R], `step` a scalar."""
     shape = (slots, mc.num_kv_heads, prompt_columns + ring_columns, mc.head_dim)
     empty = {name: jnp.zeros(slots, jnp.int32) for name in ("token", "prompt_length", "new_tokens", "row_id")}
     return {
@@ -37,6 +37,7 @@ def new_state(mc: ModelConfig, slots: int, prompt_columns: int, ring_columns: in
         "k": [jnp.zeros(shape, dtype) for _ in range(mc.num_layers)],
         "v": [jnp.zeros(shape, dtype) for _ in range(mc.num_layers)],
         "active": jnp.zeros(slots, bool),
+        "entropy": jnp.zeros(slots, jnp.float32),  # summed over the tokens so far
         "answer": jnp.zeros((slots, ring_columns), jnp.int32),
         "step": jnp.zeros((), jnp.int32),
     }

@@ -44,12 +44,13 @@ def greedy(
     max_new_tokens: int,
     *,
     row_ids: Sequence[int],
+    entropy: bool = False,
     on_batch: Callable[[list[tuple[int, Generated]]], None] | None = None,
 ) -> list[Generated]:
     """One greedy reply per prompt, in input order.
 
     Args:
       row_ids: the number of each prompt in the whole stage, so that a row is the same row however prompts are chunked.
-      on_batch: as in `Sampler.generate`.
+      entropy, on_batch: as in `Sampler.generate`.
     """
-    return sampler.generate(prompts, max_new_tokens, row_ids=row_ids, on_batch=on_batch)
+    return sampler.generate(prompts, max_new_tokens, row_ids=row_ids, entropy=entropy, on_batch=on_batch)

@@ -32,10 +32,16 @@ _GATHER_BYTES = 4 << 30  # weights up to this size are gathered over `fsdp` once
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What one prompt got. tokens: generated ids, the stop token included. finish_reason: "stop" or "length"."""
+    """What one prompt got.
+
+    Attributes:
+      tokens: generated ids, the stop token included. finish_reason: "stop" or "length".
+      entropy: mean entropy of the model's next-token distribution (temperature 1) where it wrote them, nats; None: not asked for.
+    """
 
     tokens: list[int]
     finish_reason: str
+    entropy: float | None = None
 
 
 class Sampler:
@@ -79,6 +85,7 @@ class Sampler:
         seed: int = 0,
         *,
         row_ids: Sequence[int] | None = None,
+        entropy: bool = False,
         on_batch: Callable[[list[tuple[int, Generated]]], None] | None = None,
     ) -> list[Generated]:
         """Generate for every prompt, in input order.
@@ -86,6 +93,7 @@ class Sampler:
         Args:
           prompts: token ids, at least one each. temperature: 0 is greedy.
           row_ids: numbers that, with `seed`, decide each row's random draws; default: the position in `prompts`.
+          entropy: also measure it, see `Generated`; a pass over the logits of every token.
           on_batch: called with [(position, result)] whenever rows finish.
 
         Raises:
@@ -102,7 +110,7 @@ class Sampler:
         with jax.set_mesh(self._mesh):
             state = self._new_state(slots, len(prompts[queue[-1]]), max_new_tokens)
             draw = {"temperature": np.float32(temperature or 1.0), "seed": np.uint32(seed & 0xFFFFFFFF)}
-            prefill, decode = programs(self._mc, self._mesh, slots, self._dtype, temperature == 0)
+            prefill, decode = programs(self._mc, self._mesh, slots, self._dtype, temperature == 0, entropy)
             limit = np.int32(max_new_tokens)
             group = max(1, slots // 4)
             holds = np.full(slots, -1)  # the prompt in each slot, -1: free
@@ -115,9 +123,10 @@ class Sampler:
                     state = prefill(self._params, state, batch, self._eos, limit, draw)
                     jax.block_until_ready(state["active"])
                 state = decode(self._step_params, state, self._eos, limit, draw)
-                active, count, answer = (_host(state[name]) for name in ("active", "new_tokens", "answer"))
+                active, count, answer, spread = (_host(state[name]) for name in ("active", "new_tokens", "answer", "entropy"))
                 done = np.flatnonzero((holds >= 0) & ~active)
-                finished = [(int(holds[slot]), self._result(answer[slot, : count[slot]])) for slot in done]
+                means = spread / np.maximum(count, 1) if entropy else [None] * slots
+                finished = [(int(holds[slot]), self._result(answer[slot, : count[slot]], means[slot])) for slot in done]
                 holds[done] = -1
                 found.update(finished)
                 if finished and on_batch is not None:
@@ -162,8 +171,9 @@ class Sampler:
             batch["prompt_length"][i], batch["row_id"][i], batch["slots"][i] = len(prompt), ids[i], free[i]
         return batch
 
-    def _result(self, tokens: np.ndarray) -> Generated:
-        return Generated(tokens.tolist(), "stop" if tokens[-1] in self._eos else "length")
+    def _result(self, tokens: np.ndarray, entropy: float | None) -> Generated:
+        reason = "stop" if tokens[-1] in self._eos else "length"
+        return Generated(tokens.tolist(), reason, None if entropy is None else float(entropy))
 
 
 def _should_fill(holds: np.ndarray, group: int, waiting: int) -> bool:
@@ -177,11 +187,11 @@ def _host(x: jax.Array) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def programs(mc: ModelConfig, mesh: Mesh, slots: int, dtype: Any, greedy: bool) -> tuple[Any, Any]:
+def programs(mc: ModelConfig, mesh: Mesh, slots: int, dtype: Any, greedy: bool, entropy: bool) -> tuple[Any, Any]:
     """The jitted (prefill, decode) for one model and mesh; jit compiles each once per shape of its arguments."""
     found = []
     for body in (_prefill, _decode):
-        fixed = partial(body, mc=mc, dtype=dtype, greedy=greedy)
+        fixed = partial(body, mc=mc, dtype=dtype, greedy=greedy, entropy=entropy)
         found.append(jax.jit(fixed, donate_argnums=(1,), out_shardings=state_shardings(mc, mesh, slots)))
     return found[0], found[1]
 
@@ -218,6 +228,7 @@ def _prefill(
     mc: ModelConfig,
     dtype: Any,
     greedy: bool,
+    entropy: bool,
 ) -> State:
     """Read prompts `batch["tokens"]` [B, T] into slots and draw the first token of each."""
     tokens, lengths = batch["tokens"], batch["prompt_length"]
@@ -234,6 +245,7 @@ def _prefill(
         "token": first,
         "prompt_length": lengths,
         "new_tokens": jnp.ones(rows, jnp.int32),
+        "entropy": _entropy(z) if entropy else jnp.zeros(rows, jnp.float32),
         "row_id": batch["row_id"],
         "active": ~_stops(first, eos) & (limit > 1),
         "answer": jnp.zeros((rows, state["answer"].shape[1]), jnp.int32).at[:, 0].set(first),
@@ -251,6 +263,7 @@ def _decode(
     mc: ModelConfig,
     dtype: Any,
     greedy: bool,
+    entropy: bool,
 ) -> State:
     """Advance all active slots by up to STEPS_PER_CALL tokens; ends early when none is active."""
 
@@ -279,6 +292,7 @@ def _decode(
             "token": token,
             "answer": jnp.where(here, token[:, None], state["answer"]),
             "new_tokens": made + active,
+            "entropy": state["entropy"] + jnp.where(active, _entropy(z), 0.0) if entropy else state["entropy"],
             "active": active & ~_stops(token, eos) & (made + 1 < limit),
             "step": state["step"] + 1,
         }
@@ -292,6 +306,12 @@ def _decode(
 
 def _stops(token: jax.Array, eos: jax.Array) -> jax.Array:
     return jnp.any(token[:, None] == eos[None], axis=1)
+
+
+def _entropy(z: jax.Array) -> jax.Array:
+    """Entropy of softmax(z), nats: z [S, V] -> [S]."""
+    logp = jax.nn.log_softmax(z, axis=-1)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
 def _draw(z: jax.Array, row_id: jax.Array, index: jax.Array, draw: dict[str, jax.Array], greedy: bool) -> jax.Array:

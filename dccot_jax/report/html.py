@@ -236,7 +236,7 @@ def _passes(declared: Mapping[str, Any]) -> str:
     """`2 forward · 1 backward`: passes per row in words."""
     found = [f"{declared[key]} {key}" for key in ("forward", "backward") if declared[key]]
     if declared["generations"]:
-        found.append(f"{declared['generations']} answer per question")
+        found.append(f"{declared['generations']} answer{'s' if declared['generations'] > 1 else ''} per question")
     if declared["undeclared"]:
         found.append(f"not declared: {', '.join(declared['undeclared'])}")
     return " · ".join(found) or "no model pass"

@@ -151,8 +151,9 @@ def cost(run: ArmRun, reads: Sequence[str]) -> dict[str, Any]:
     score = run.artifacts.get("score")
     facts = score.facts if score is not None else {}
     snapshots = len(facts.get("less_checkpoints") or facts.get("snapshots") or ()) or 1
+    draws = facts.get("draws_per_question", 1)
     found: dict[str, Any] = {
-        "declared": declared_passes(reads, snapshots),
+        "declared": declared_passes(reads, snapshots, draws),
         "select_seconds": run.artifacts["select"].manifest["wall_seconds"],
     }
     if score is not None:
@@ -160,7 +161,7 @@ def cost(run: ArmRun, reads: Sequence[str]) -> dict[str, Any]:
         warmup = run.artifacts.get("train:warmup")
         found["scored"] = {
             "signals": list(facts.get("signals", ())),
-            "declared": declared_passes(facts.get("signals", ()), snapshots),
+            "declared": declared_passes(facts.get("signals", ()), snapshots, draws),
             "student": student.get("kind"),
             "compute_dtype": score.manifest["config"].get("compute_dtype"),
             "rows": score.manifest["rows_in"],

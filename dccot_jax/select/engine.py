@@ -70,9 +70,9 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     """Score every row of `tokenize` with the student in `inputs` (``train`` if given, else ``student``).
 
     Writes scores.parquet (id, completion_tokens, one float32 column per signal, of fixed-size lists for vectors; sorted by
-    id), dropped.parquet, for sampled signals samples.jsonl and for `less` its features (`select/gradients/stage.py`). A row
-    with a non-finite signal, no completion or more tokens than the model has positions is dropped with a reason; no score is
-    ever a default.
+    id), dropped.parquet, for sampled signals samples.jsonl and draws.jsonl, and for `less` its features
+    (`select/gradients/stage.py`). A row with a non-finite signal, no completion or more tokens than the model has positions is
+    dropped with a reason; no score is ever a default.
 
     Raises ConfigError on an unknown signal, or a student with another tokenizer than the rows were made with.
     """
@@ -95,8 +95,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
         if set(others) & set(SAMPLED):
             from dccot_jax.select import sampled  # brings the sampler and its compile cost; most scorings do without
 
-            column, lost, more = sampled.student_error(cfg, student, mesh, [traces[row.id] for row in rows], out, ctx)
-            columns["student_error"], dropped, facts = column, dropped + lost, facts | more
+            found, lost, more = sampled.score(cfg, others, student, mesh, [traces[row.id] for row in rows], out, ctx)
+            columns, dropped, facts = columns | found, dropped + lost, facts | more
         if set(others) & {*JUDGED, *DEITA}:
             from dccot_jax.select import beyond  # imports this module
 

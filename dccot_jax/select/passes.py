@@ -16,18 +16,22 @@ class Passes:
 
     Attributes:
       forward, backward: names of its passes over every row; signals that name the same one share it.
-      generations: answers of the student per question. snapshots: the passes are made with every snapshot of a training.
+      generations: greedy answers of the student per question. draws: sampled answers besides, as many as the config says.
+      snapshots: the passes are made with every snapshot of a training.
     """
 
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
     generations: int = 0
+    draws: bool = False
     snapshots: bool = False
 
 
 # Signals that are not forward signals; those declare their views (`select/signals.py`), one forward pass each.
 OTHERS: Mapping[str, Passes] = {
     "student_error": Passes(generations=1),
+    "student_entropy": Passes(generations=1),
+    "pass_rate": Passes(draws=True),
     "grape": Passes(("conditional",)),
     "embedding_prompt": Passes(("conditional",)),
     "embedding_rationale": Passes(("conditional",)),
@@ -43,15 +47,15 @@ OTHERS: Mapping[str, Passes] = {
 }
 
 
-def declared_passes(names: Iterable[str], snapshots: int = 1) -> dict[str, Any]:
-    """Passes of all `names` together, with so many `snapshots` of the student where a signal needs them.
+def declared_passes(names: Iterable[str], snapshots: int = 1, draws: int = 1) -> dict[str, Any]:
+    """Passes of all `names` together, with so many `snapshots` of the student and `draws` per question where a signal needs them.
 
     Returns {forward, backward: per row; generations: per question; views: names of the forward passes; undeclared: names that declare
     nothing, such as columns of the user's own tables}.
     """
     views: dict[str, None] = {}
     backward: dict[str, None] = {}
-    generations = 0
+    generations = drawn = 0
     undeclared = []
     for name in sorted(set(names)):
         found = OTHERS.get("less" if name.startswith("less_") else name) or _forward_signal(name)
@@ -62,10 +66,11 @@ def declared_passes(names: Iterable[str], snapshots: int = 1) -> dict[str, Any]:
         views |= {name + mark: None for name in found.forward for mark in marks}
         backward |= {name + mark: None for name in found.backward for mark in marks}
         generations = max(generations, found.generations)  # signals of one sample share it
+        drawn = draws if found.draws else drawn
     return {
         "forward": len(views),
         "backward": len(backward),
-        "generations": generations,
+        "generations": generations + drawn,
         "views": list(views),
         "undeclared": undeclared,
     }

@@ -20,7 +20,13 @@ from dccot_jax.select.signals import DEITA, GRADIENTS, JUDGED, OVER_TIME
 from dccot_jax.select.trajectories import check_over_time
 from dccot_jax.select.two_model import check_tokenizers, open_other, other_models
 
-READERS = {"score.gradients": GRADIENTS, "score.judge": JUDGED, "score.deita": DEITA, "score.over_time": OVER_TIME}
+READERS = {
+    "score.sampling": ("pass_rate",),
+    "score.gradients": GRADIENTS,
+    "score.judge": JUDGED,
+    "score.deita": DEITA,
+    "score.over_time": OVER_TIME,
+}
 
 
 def sections_read(cfg: ConfigDict) -> tuple[str, ...]:
@@ -53,6 +59,8 @@ def check_settings(cfg: ConfigDict) -> None:
     """Check what the requested signals need beside the student. Raises ConfigError with field, value and what is accepted."""
     if set(cfg.score.signals) & set(JUDGED):
         _check_judge(cfg)
+    if "pass_rate" in cfg.score.signals:
+        check_sampling(cfg)
     check_over_time(cfg)
     if cfg.score.student == "warmup":
         snapshots_needed(cfg)
@@ -75,6 +83,14 @@ def check_settings(cfg: ConfigDict) -> None:
                 digit_tokens(tokenizer, cfg.score.deita[f"{what}_prompt"], chat=cfg.score.deita.chat)
             except TemplateError as error:
                 raise ConfigError(f"config.score.deita.chat: True, but {error}; False grades plain text") from None
+
+
+def check_sampling(cfg: ConfigDict) -> None:
+    """Raises ConfigError unless answers can be drawn as `config.score.sampling` says."""
+    if cfg.score.sampling.samples < 1:
+        raise ConfigError(f"config.score.sampling.samples: {cfg.score.sampling.samples} must be at least 1")
+    if not cfg.score.sampling.temperature > 0:
+        raise ConfigError(f"config.score.sampling.temperature: {cfg.score.sampling.temperature} must be above 0; all answers would be one")
 
 
 def _check_judge(cfg: ConfigDict) -> None:

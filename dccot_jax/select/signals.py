@@ -34,7 +34,7 @@ ITEMS = ("answer_gain", "local_naturalness")
 # Signals that compare a row with others, and the forward signal they are made of; `select/relative.py`.
 RELATIVE = {"grape": "nll"}
 # Signals that need the student to write an answer; `select/sampled.py` makes their columns.
-SAMPLED = ("student_error",)
+SAMPLED = ("pass_rate", "student_entropy", "student_error")
 # Signals made of gradients; `select/gradients/` makes their columns.
 GRADIENTS = ("grand", "less")
 # Signals of teachers that grade rows; `select/judged.py`, the rubrics behind them in `select/rubrics.py`.
@@ -69,7 +69,7 @@ class Signal:
 
 _REGISTRY: dict[str, Signal] = {}
 # Signals that no row without a gold answer can have.
-NEEDS_GOLD = ("answer_gain", "student_error")
+NEEDS_GOLD = ("answer_gain", "pass_rate", "student_error")
 
 
 def signal(**needs: Sequence[str]) -> Callable[[Callable[[Stats, Mask], jax.Array]], Callable[[Stats, Mask], jax.Array]]:

@@ -1,8 +1,9 @@
-"""The sampled signal: which question is asked for which row, how answers count, resume. The sampler is scripted."""
+"""The sampled signals: which question is asked for which row, how answers count, resume. The sampler is scripted."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -44,12 +45,14 @@ class Tokens:
 class Reply:
     tokens: list[int]
     finish_reason: str
+    entropy: float | None = None
 
 
 class Scripted:
     """Answers from a table by a word of the prompt; counts what it is asked."""
 
-    replies: ClassVar[dict[str, tuple[str, str]]] = {}
+    replies: ClassVar[dict[str, tuple[Any, str]]] = {}
+    draws: ClassVar[list[tuple[float, int]]] = []
     asked: ClassVar[list[str]] = []
     budgets: ClassVar[set[int]] = set()
     rows: ClassVar[list[int]] = []
@@ -58,8 +61,12 @@ class Scripted:
     def __init__(self, mc, params, mesh, *, compute_dtype, batch_rows, eos_id, pad_id):
         assert (eos_id, pad_id) == ((3, 4), 0)
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, row_ids: Sequence[int], on_batch: Any) -> list[Reply]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, *,
+        row_ids: Sequence[int], entropy: bool = False, on_batch: Any,
+    ) -> list[Reply]:  # fmt: skip
         assert len(row_ids) == len(prompts)
+        self.draws.append((temperature, seed))
         on_batch([])
         self.rows.extend(row_ids)
         self.budgets.add(max_new_tokens)
@@ -70,7 +77,9 @@ class Scripted:
             text = bytes(prompt).decode()
             self.asked.append(text)
             answer, finish = next(value for key, value in self.replies.items() if key in text)
-            found.append(Reply(list(answer.encode()), finish))
+            if isinstance(answer, list):  # drawn: the next of them
+                answer = answer[sum(text == said for said in self.asked) - 1]
+            found.append(Reply(list(answer.encode()), finish, len(answer) / 10 if entropy else None))
         return found
 
 
@@ -79,16 +88,16 @@ def ask(monkeypatch, tmp_path):
     monkeypatch.setattr(greedy, "Sampler", Scripted)
     monkeypatch.setattr(sampled, "load_tokenizer", lambda _: Tokens())
     monkeypatch.setattr(sampled, "render_prompt", lambda _, prompt: list(prompt.encode()))
-    Scripted.asked, Scripted.rows, Scripted.budgets, Scripted.fail_after = [], [], set(), None
+    Scripted.asked, Scripted.rows, Scripted.draws, Scripted.budgets, Scripted.fail_after = [], [], [], set(), None
     student = Student(mc=MC, params={}, tokenizer_dir=epath.Path("."), eos_id=3, stop_ids=(3, 4), pad_id=0, source="test")
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
 
-    def run(traces, name: str = "score", **changes):
+    def run(traces, name: str = "score", signals: tuple[str, ...] = ("student_error",), file: str = "samples", **changes):
         cfg = config_lib.override(config_lib.default_config(), {"evaluate.max_new_tokens": 40, "score.chunk_rows": 2, **changes})
         out = ArtifactWriter(tmp_path / name)
-        column, dropped, facts = sampled.student_error(cfg, student, mesh, traces, out, Context(tmp_path, console=Console(quiet=True)))
-        samples = [json.loads(line) for line in (out.path / "samples.jsonl").read_text().splitlines()]
-        return column, {d.id: d.reason for d in dropped}, facts, samples
+        columns, dropped, facts = sampled.score(cfg, signals, student, mesh, traces, out, Context(tmp_path, console=Console(quiet=True)))
+        samples = [json.loads(line) for line in (out.path / f"{file}.jsonl").read_text().splitlines()]
+        return columns[signals[0]] if len(signals) == 1 else columns, {d.id: d.reason for d in dropped}, facts, samples
 
     return run
 
@@ -149,3 +158,39 @@ def test_a_row_with_its_own_prompt_is_asked_with_it(ask):
     column, _, _, samples = ask([plain, own])
     assert sorted(Scripted.asked) == ["own words?", "question?"] and len(samples) == 2
     assert (column[plain.id], column[own.id]) == (1.0, 0.0)
+
+
+def test_the_pass_rate_counts_right_answers_among_drawn_ones(ask):
+    right, wrong = "The answer is 5.", "The answer is 6."
+    Scripted.replies = {"easy": ([right] * 4, "stop"), "hard": ([wrong, right, wrong, wrong], "stop"), "no": ([wrong] * 4, "stop")}
+    rows = [trace(f"{name} question?", "5") for name in Scripted.replies]
+    again, lost = trace("hard question?", "5", teacher="another"), trace("odd question?", None)
+    settings = {"score.sampling.samples": 4, "score.sampling.temperature": 0.7, "score.chunk_rows": 8}
+    column, dropped, facts, samples = ask([*rows, again, lost], signals=("pass_rate",), file="draws", **settings)
+    assert column == {rows[0].id: 1.0, rows[1].id: 0.25, rows[2].id: 0.0, again.id: 0.25} and dropped == {lost.id: "missing_gold"}
+    assert Scripted.rows == list(range(12))  # every draw of the stage has a number of its own, through all chunks
+    assert {temperature for temperature, _ in Scripted.draws} == {0.7} and len({seed for _, seed in Scripted.draws}) == 1
+    assert len(samples) == 12 and facts["draws_per_question"] == 4 and facts["draw_questions"] == 3
+    assert facts["pass_at_k"] == {"1": round(1.25 / 3, 4), "2": 0.5, "4": round(2 / 3, 4)}
+
+
+def test_the_entropy_needs_no_gold_answer_and_shares_the_greedy_one(ask):
+    Scripted.replies = {"known": ("The answer is 5.", "stop"), "open": ("hm", "stop")}
+    known, unknown = trace("known?", "5"), trace("open?", None)
+    column, dropped, facts, samples = ask([known, unknown], signals=("student_entropy",))
+    assert column == {known.id: 1.6, unknown.id: 0.2} and not dropped and facts["sample_reasons"]["no_gold"] == 1
+    assert [sample["correct"] for sample in samples if sample["question"] == "open?"] == [None]
+    Scripted.asked = []
+    columns, dropped, _, _ = ask([known, unknown], "both", ("student_entropy", "student_error"))
+    assert len(Scripted.asked) == 1 and dropped == {unknown.id: "missing_gold"}
+    assert columns == {"student_entropy": {known.id: 1.6}, "student_error": {known.id: 0.0}}
+
+
+@pytest.mark.parametrize(("n", "c"), [(5, 0), (5, 2), (6, 5), (7, 7)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, c):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert sampled.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+    for bad in ((n, c, n + 1), (n, n + 1, 1), (n, c, 0)):
+        with pytest.raises(ValueError, match="pass@"):
+            sampled.pass_at_k(*bad)
