@@ -105,7 +105,8 @@ def default_config() -> ConfigDict:
     c.score.gradients = ConfigDict()  # of the signals `grand` and `less`; see docs/gradients.md
     c.score.gradients.norm = "ghost"  # grand: ghost | exact: one full gradient after the other, to check with
     c.score.gradients.norm_subset = ("*",)  # grand: weights whose gradient counts, names or patterns
-    c.score.gradients.subset = ("wq", "wv")  # less: weights of the layers (and norms) whose gradient is projected
+    # less: weights of the layers (and norms) whose gradient is projected; (): the adapters, or where there are none wq and wv.
+    c.score.gradients.subset = ()
     c.score.gradients.checkpoints = 4  # less: snapshots of the warm-up training; or as many as a given train artifact holds
     c.score.gradients.dim = 8192  # less: numbers per projected gradient, a multiple of 32
     c.score.gradients.projection = "rademacher"  # rademacher | normal
@@ -255,6 +256,14 @@ UNHASHED = frozenset(
 
 # Keys that came later, with the value at which they change nothing: left out there, so that older runs keep their identities.
 ADDED_LATER = {
+    "score.gradients.norm": "ghost",
+    "score.gradients.norm_subset": ["*"],
+    "score.gradients.subset": [],
+    "score.gradients.checkpoints": 4,
+    "score.gradients.dim": 8192,
+    "score.gradients.projection": "rademacher",
+    "score.gradients.seed": 0,
+    "score.gradients.validation": [],
     "student.model.sliding_window": 0,
     "student.model.attn_softcap": 0.0,
     "student.model.final_softcap": 0.0,

@@ -38,6 +38,8 @@ def _loss(params: Any, mc: ModelConfig, ids: Any, scored: Any) -> Any:
     angles = jnp.arange(length)[:, None] * mc.rope_theta ** (-2 * jnp.arange(mc.head_dim // 2) / mc.head_dim)
     for layer in range(mc.num_layers):
         w = {name: value[layer] for name, value in params["layers"].items()}
+        for name in mc.lora.targets if mc.lora is not None else ():
+            w[name] = w[name] + mc.lora.scale * w[name + "_a"] @ w[name + "_b"]
         h = _norm(x, w["attn_norm"], mc)
         q, k, v = ((h @ w["w" + n] + w.get("b" + n, 0.0)).reshape(length, -1, mc.head_dim) for n in "qkv")
         if mc.arch.qk_norm:

@@ -17,7 +17,6 @@ from dccot_jax import pipeline
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
-from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.preflight import check
 from dccot_jax.records import normalise_question, table_to_traces
@@ -29,7 +28,7 @@ from dccot_jax.select.selectors import apply_steps
 from dccot_jax.select.tables import read_rows
 from dccot_jax.tasks.registry import load_items
 from dccot_jax.train.checkpoint import load_student
-from dccot_jax.train.snapshots import restore_snapshot
+from dccot_jax.train.snapshots import restore_snapshot, restore_snapshot_params, snapshot_model
 
 NORMED = ("wo", "mlp_norm", "embed")
 SUBTASKS = ({"task": "synth_arithmetic", "rows": 5, "name": "gold"}, {"traces": 3})
@@ -104,13 +103,13 @@ def test_scores_are_what_the_files_and_the_formula_say(made):
     score, train = artifacts["score"], artifacts["train:warmup"]
     features, validation = score.table("features"), score.table("validation")
     snapshots = train.facts["snapshots"]
-    mc = ModelConfig.from_dict(train.json("student")["model"])
+    mc = snapshot_model(train)
     rows = {row.id: row for row in read_rows(artifacts["tokenize"].table("tokens"))}
     ids = features["id"].to_pylist()
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-    state = jax.tree.map(np.asarray, restore_snapshot(train, 2, mc, mesh))
+    state = jax.tree.map(np.asarray, restore_snapshot(train, 2, mesh))
     final = jax.tree.map(np.asarray, load_student(train, mesh).params)
-    jax.tree.map(np.testing.assert_array_equal, restore_snapshot(train, 4, mc, mesh)["params"], final)
+    jax.tree.map(np.testing.assert_array_equal, restore_snapshot(train, 4, mesh)["params"], final)
     own = explicit(
         mc, state["params"], [rows[i] for i in ids[:2]], ("wq", "wv"), Projection(64, 0, "rademacher"), Adam(0.9, 0.95, 1e-8),
         state["mu"], state["nu"],
@@ -130,6 +129,28 @@ def test_scores_are_what_the_files_and_the_formula_say(made):
         [np.array(features[f"step_{s['step']}"].to_pylist()) for s in snapshots], known, [s["learning_rate"] for s in snapshots]
     )
     np.testing.assert_allclose([table[i]["less"] for i in ids], most_influenced(found), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_read_where_they_alone_were_trained(tmp_path):
+    """As LESS has it: features over the adapters' factors, whose moments a snapshot holds."""
+    lora = {"train__lora__rank": 2, "train__lora__targets": ("q_proj", "down_proj"), "train__lora__dropout": 0.1}
+    artifacts = run(settings(**lora, score__signals=("less",)), tmp_path, "score")
+    score, train = artifacts["score"], artifacts["train:warmup"]
+    assert score.facts["less_weights"] == ["wq_a", "wq_b", "w_down_a", "w_down_b"]
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    state = jax.tree.map(np.asarray, restore_snapshot(train, 2, mesh))
+    assert sorted(state["mu"]["layers"]) == sorted(score.facts["less_weights"]) and "embed" in state["params"]
+    rows = {row.id: row for row in read_rows(artifacts["tokenize"].table("tokens"))}
+    ids, stored = (score.table("features")[name].to_pylist()[:2] for name in ("id", "step_2"))
+    own = explicit(
+        snapshot_model(train), state["params"], [rows[i] for i in ids], score.facts["less_weights"], Projection(64, 0, "rademacher"),
+        Adam(0.9, 0.95, 1e-8), state["mu"], state["nu"],
+    )  # fmt: skip
+    np.testing.assert_allclose(stored, own, atol=1e-4 * np.linalg.norm(own, axis=1).min())
+    student = load_student(train, mesh)
+    merged = restore_snapshot_params(train, 4, student.mc, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), merged, student.params)
 
 
 class Killed(RuntimeError):
@@ -214,6 +235,7 @@ def test_a_trained_student_by_path(made, tmp_path):
         ({"score__gradients__validation": ({"rows": 3},)}, ["validation[0]", "is not a sub-task"]),
         ({"score__gradients__validation": ({"task": "svamp", "row": 3},)}, ["validation[0].row", "accepted are task, split, rows"]),
         ({"score__signals": ("nll",)}, ["'less' has no scores"]),
+        ({"train__lora__preset": "r16_qv", "score__gradients__subset": ("wq", "wq_a")}, ["subset: wq stayed", "wq_a, wq_b, wv_a, wv_b"]),
         ({"train__snapshots": -1}, ["train.snapshots: -1", "at least 0"]),
     ],
 )

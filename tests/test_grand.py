@@ -14,6 +14,7 @@ from reference_gradient import row_gradient
 from training_cases import TINY, UNTIED, host_params
 
 from dccot_jax.config import ConfigError
+from dccot_jax.model.lora import with_adapters
 from dccot_jax.model.sharding import make_mesh, param_shardings
 from dccot_jax.select.engine import score_tiles
 from dccot_jax.select.gradients import norms
@@ -21,9 +22,9 @@ from dccot_jax.select.gradients.subset import choose, weight_names
 from dccot_jax.select.views import Row, plan_tiles, view_arrays
 from dccot_jax.train.checkpoint import abstract_params
 
-# Between them every kind of weight: norms of heads and after blocks, scales 1 + w, scaled embeddings, a cap on the logits; biases.
+# Every kind of weight: norms of heads and after blocks, scales 1 + w, scaled embeddings, a cap on the logits; biases, adapters.
 TIED = CASES["gemma3-full"]
-BIASED = tiny("llama", 2, qkv_bias=True, mlp_bias=True, tie_embeddings=False)
+BIASED = with_adapters(tiny("llama", 2, qkv_bias=True, mlp_bias=True, tie_embeddings=False), 4, 6.0, 0.5, ("q_proj", "down_proj"))
 MODELS = {"tied": TIED, "biased": BIASED}
 
 

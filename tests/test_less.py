@@ -25,7 +25,7 @@ from dccot_jax.train.checkpoint import abstract_params
 ADAM = Adam(b1=0.9, b2=0.95, eps=1e-8)
 SIGNS = Projection(dim=64, seed=5, kind="rademacher")
 TOLERANCE = 1e-4  # of a feature's length, as docs/gradients.md states; where the root of v is near 0 rounding grows
-NAMES = ("attn_norm", "wq", "bk", "wo", "w_down", "final_norm")  # that every weight is tapped rightly, the norms say
+NAMES = ("attn_norm", "bk", "wo", "wq_a", "w_down_b", "final_norm")  # that every weight is tapped rightly, the norms say
 
 
 def moments(mc, seed: int = 1):

@@ -1,8 +1,8 @@
 """LESS: the rows whose gradient points where a few examples of the task would have the student go.
 
 Source: LESS (arXiv 2402.04333): Adam-preconditioned gradients at four checkpoints of a short training on 5 % of the rows, projected to
-8,192 numbers, cosine with the plain gradients of validation examples, weighted by learning rate, largest over sub-tasks. There of LoRA
-factors, here of the query and value projections (docs/gradients.md lists what differs).
+8,192 numbers, cosine with the plain gradients of validation examples, weighted by learning rate, largest over sub-tasks. Of LoRA factors
+with `--config.train.lora.preset=r32_all`, as there; without, of the query and value projections (docs/gradients.md).
 Cost: per row 1 forward and 1 backward pass and the projection at each of 4 checkpoints; and the short training.
 Keeps: the 5 % of the rows with the largest influence on any sub-task.
 """

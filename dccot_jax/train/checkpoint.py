@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,13 +80,13 @@ def load_student(source: Artifact | epath.PathLike, mesh: jax.sharding.Mesh, *, 
         pad: Any = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return Student(mc, params, found, stops[0], tuple(stops), int(pad), where)
     record = found.json("student")
-    mc, weights, about = ModelConfig.from_dict(record["model"]), record["weights"], record["tokenizer"]
+    mc, about = ModelConfig.from_dict(record["model"]), record["tokenizer"]
     if inside:
-        params = _checkpointed(kept, found, mc, mesh, param_dtype)
+        params = checkpointed_params(kept, found, mc, mesh, param_dtype)
     elif found.kind.split(":")[0] == "train":
         params = restore_params(found.file(FINAL), abstract_params(mc, mesh, param_dtype))
     else:
-        params = _untrained(weights, mc, mesh, param_dtype)
+        params = untrained_params(found, mesh, param_dtype)
     return Student(mc, params, found.file("tokenizer"), about["eos_id"], tuple(about["stop_ids"]), about["pad_id"], where)
 
 
@@ -106,21 +106,26 @@ def resolve_checkpoint(path: epath.PathLike) -> Artifact | epath.Path:
     raise CheckpointError(f"{folder}: neither an artifact ({MANIFEST}) nor a Hugging Face directory (config.json)")
 
 
-def _untrained(weights: Mapping[str, Any], mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
-    """The parameters that a student record names."""
+def untrained_params(source: Artifact, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """The parameters of a student artifact, or those that a training began with: what its student record names."""
+    record = source.json("student")
+    mc, weights = ModelConfig.from_dict(record["model"]), record["weights"]
     if weights["kind"] == "random":
         return _cast(random_params(mc, mesh, int(weights["seed"])), mesh, dtype)
     return hf.load_hf(weights["path"], mesh, dtype=dtype)[1]
 
 
-def _checkpointed(path: epath.Path, training: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
-    """Parameters of a checkpoint that a finished training left; adapters merged into the weights they were trained on."""
+def checkpointed_params(path: epath.Path, training: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """Parameters of a state that a finished training left on disk; adapters merged into the weights they were trained beside.
+
+    Raises ArtifactError if they do not read.
+    """
     settings = training.json("final").get("lora")
     if settings is None:
         return restore_params(path, abstract_params(mc, mesh, dtype), inside="params")
     adapted = dataclasses.replace(mc, lora=Lora(**settings))
     adapters = restore_params(path, lora.split(adapted, abstract_params(adapted, mesh))[0], inside="params")
-    base = _untrained(training.json("student")["weights"], mc, mesh, jnp.float32)
+    base = untrained_params(training, mesh, jnp.float32)
     with jax.set_mesh(mesh):
         merged = jax.jit(lambda params, frozen: lora.merge(lora.join(params, frozen), adapted)[0])(adapters, base)
     return _cast(merged, mesh, dtype)

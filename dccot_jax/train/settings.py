@@ -46,8 +46,6 @@ def check_lora(train: Any) -> None:
             raise ConfigError(f"config.train.lora.targets: {name!r} is not one of {', '.join(LORA_MODULES)}{nearest(name, LORA_MODULES)}")
     if (lora.targets or lora.alpha or lora.dropout) and not (lora.rank or lora.preset):
         raise ConfigError("config.train.lora.rank: 0 trains all weights; adapters need a rank, e.g. 16, or a preset")
-    if train.snapshots and (lora.rank or lora.preset):
-        raise ConfigError(f"config.train.snapshots: {train.snapshots} with adapters (train.lora); give 0, they hold whole parameters")
     if lora.frozen_dtype not in DTYPES:
         raise ConfigError(f"config.train.lora.frozen_dtype: {lora.frozen_dtype!r} is not one of {', '.join(DTYPES)}")
 

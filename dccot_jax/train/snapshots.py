@@ -6,6 +6,7 @@ features and loss trajectories.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dccot_jax.artifact import Artifact, ArtifactError
-from dccot_jax.model.config import ModelConfig
-from dccot_jax.train.checkpoint import abstract_params, restore_params, save_params
+from dccot_jax.model import lora
+from dccot_jax.model.config import Lora, ModelConfig
+from dccot_jax.train.checkpoint import abstract_params, checkpointed_params, first_line, save_params, untrained_params
 from dccot_jax.train.optimizer import make_schedule
 
 SNAPSHOTS = "snapshots"  # directory in a train artifact; one folder per step
+_FROZEN = "train.lora.frozen_dtype"
 
 
 def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -28,7 +31,10 @@ def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
 
 
 def save_snapshot(folder: epath.Path, step: int, state: Any) -> None:
-    """Write one snapshot of a training state and wait until it is on disk; with Muon, parameters alone. Every process calls this."""
+    """Write one snapshot of what is trained and wait until it is on disk; moments are AdamW's, others are left out.
+
+    Every process calls this.
+    """
     first = state["opt"][0]
     moments = {"mu": first.mu, "nu": first.nu} if isinstance(first, optax.ScaleByAdamState) else {}
     save_params(folder / str(step), {"params": state["params"], **moments})
@@ -45,22 +51,35 @@ def describe_snapshots(train: Any, steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def restore_snapshot(artifact: Artifact, step: int, mc: ModelConfig, mesh: Any) -> dict[str, Any]:
-    """{"params", "mu", "nu"} of one snapshot on `mesh`, float32; each process reads only its shards.
+def snapshot_model(artifact: Artifact) -> ModelConfig:
+    """The model that was trained, with its adapters where these alone were; the student of the artifact has them merged."""
+    mc, settings = ModelConfig.from_dict(artifact.json("student")["model"]), artifact.json("final").get("lora")
+    return mc if settings is None else dataclasses.replace(mc, lora=Lora(**settings))
+
+
+def restore_snapshot(artifact: Artifact, step: int, mesh: Any) -> dict[str, Any]:
+    """{"params", "mu", "nu"} of one snapshot on `mesh`, of `snapshot_model`; each process reads only its shards.
+
+    Where adapters were trained, the moments are of these alone, and the other parameters those that they were trained beside.
 
     Raises ArtifactError if it is not there or does not read.
     """
-    path, like = artifact.file(SNAPSHOTS) / str(step), abstract_params(mc, mesh)
+    mc = snapshot_model(artifact)
+    trained = abstract_params(mc, mesh) if mc.lora is None else lora.split(mc, abstract_params(mc, mesh))[0]
+    path = artifact.file(SNAPSHOTS) / str(step)
     try:
         with ocp.StandardCheckpointer() as reader:
-            return reader.restore(path, {"params": like, "mu": like, "nu": like})
+            found = reader.restore(path, {"params": trained, "mu": trained, "nu": trained})
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: snapshot does not read ({str(error).splitlines()[0][:200]})") from error
+        raise ArtifactError(f"{path}: snapshot does not read ({first_line(error)})") from error
+    if mc.lora is not None:
+        found["params"] = lora.join(found["params"], untrained_params(artifact, mesh, artifact.manifest["config"].get(_FROZEN, "float32")))
+    return found
 
 
 def restore_snapshot_params(artifact: Artifact, step: int, mc: ModelConfig, mesh: Any) -> Any:
-    """The parameters alone of one snapshot on `mesh`, float32; the moments, which a training with Muon has none of, are not read.
+    """The parameters alone of one snapshot on `mesh`, float32, adapters merged; the moments, which only AdamW leaves, are not read.
 
     Raises ArtifactError if it is not there or does not read.
     """
-    return restore_params(artifact.file(SNAPSHOTS) / str(step), abstract_params(mc, mesh), inside="params")
+    return checkpointed_params(artifact.file(SNAPSHOTS) / str(step), artifact, mc, mesh, jnp.float32)

@@ -75,6 +75,7 @@ def run_pass(
                     parts.append(next(results))
                     meter.advance(len(plan.tiles[t].rows))
                 out.commit_chunk(plan.series[ctx.process_index], index, _table(plan.rows, parts))
+                ctx.stop_point(f"{label}: chunk committed")
     ctx.barrier(f"{plan.name}-chunks")
 
 

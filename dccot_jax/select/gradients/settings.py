@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import MANIFEST, open_artifact
 from dccot_jax.config import ConfigError, to_plain
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.lora import adapter_names
 from dccot_jax.select.gradients.subset import choose
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
 
 VALIDATION_ROWS = 32
+WITHOUT_ADAPTERS = ("wq", "wv")  # weights that `less` reads by default
 _KEY = "score.gradients.validation"
 
 
@@ -78,7 +80,6 @@ def check_gradients(cfg: ConfigDict, mc: ModelConfig) -> None:
         choose(mc, settings.norm_subset, key="score.gradients.norm_subset")
     if "less" not in cfg.score.signals:
         return
-    choose(mc, settings.subset, key="score.gradients.subset", tables=False)
     for place, source in enumerate(validation_sources(cfg)):
         if source.task:
             try:
@@ -89,10 +90,28 @@ def check_gradients(cfg: ConfigDict, mc: ModelConfig) -> None:
                 raise ConfigError(
                     f"config.{_KEY}[{place}].split: task {task.name!r} has no {source.split} split, only {', '.join(task.splits)}"
                 )
-    _check_checkpoints(cfg)
+    _check_checkpoints(cfg, mc)
 
 
-def _check_checkpoints(cfg: ConfigDict) -> None:
+def feature_weights(mc: ModelConfig, settings: ConfigDict) -> tuple[str, ...]:
+    """Names of the weights whose gradient `less` projects, by `score.gradients.subset`; with adapters, some of these.
+
+    Raises ConfigError on a pattern that matches nothing, and on weights that were not trained: they have no moments.
+    """
+    names = adapter_names(mc)
+    chosen = choose(mc, settings.subset or names or WITHOUT_ADAPTERS, key="score.gradients.subset", tables=False)
+    frozen = [name for name in chosen if names and name not in names]
+    if frozen:
+        raise ConfigError(
+            f"config.score.gradients.subset: {', '.join(frozen)} stayed as they were beside the adapters; there are {', '.join(names)}"
+        )
+    return chosen
+
+
+def _check_checkpoints(cfg: ConfigDict, mc: ModelConfig) -> None:
+    from dccot_jax.train.adapters import trained_model  # bring Orbax; most configs ask for no features
+    from dccot_jax.train.snapshots import snapshot_model
+
     count, student = cfg.score.gradients.checkpoints, cfg.score.student
     if student == "base":
         raise ConfigError(
@@ -104,10 +123,13 @@ def _check_checkpoints(cfg: ConfigDict) -> None:
             raise ConfigError(f"config.train.optimizer: {cfg.train.optimizer!r} keeps no second moments, which 'less' needs; 'adamw' does")
         if count > cfg.score.warmup.steps:
             raise ConfigError(f"config.score.gradients.checkpoints: {count} of only score.warmup.steps = {cfg.score.warmup.steps} steps")
+        feature_weights(trained_model(mc, cfg.train), cfg.score.gradients)
         return
     folder = Path(student).expanduser()
     if (folder / MANIFEST).exists():
-        check_snapshots(open_artifact(folder), count)
+        artifact = open_artifact(folder)
+        check_snapshots(artifact, count)
+        feature_weights(snapshot_model(artifact), cfg.score.gradients)
 
 
 def check_snapshots(artifact: Any, count: int) -> list[dict[str, Any]]:

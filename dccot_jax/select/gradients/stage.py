@@ -9,6 +9,7 @@ are not done.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,17 +22,19 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
+from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.sharding import weight_shapes
 from dccot_jax.records import Dropped, table_to_traces
 from dccot_jax.select.gradients.chunks import Pass, plan_pass, read_pass, run_pass, vectors
 from dccot_jax.select.gradients.features import Adam, Projection, make_features
 from dccot_jax.select.gradients.influence import influence, most_influenced, subtask_directions
 from dccot_jax.select.gradients.norms import make_exact, make_ghost
-from dccot_jax.select.gradients.settings import check_snapshots, validation_sources
+from dccot_jax.select.gradients.settings import check_snapshots, feature_weights, validation_sources
 from dccot_jax.select.gradients.subset import choose
 from dccot_jax.select.gradients.validation import Validation, validation_rows
 from dccot_jax.select.views import Row
 from dccot_jax.train.checkpoint import Student
-from dccot_jax.train.snapshots import restore_snapshot
+from dccot_jax.train.snapshots import restore_snapshot, snapshot_model
 
 Columns = dict[str, dict[str, float]]
 _FORMS = {"ghost": make_ghost, "exact": make_exact}
@@ -95,7 +98,8 @@ def less(
     """
     started, settings = time.monotonic(), cfg.score.gradients
     snapshots = check_snapshots(source, settings.checkpoints)
-    names = choose(student.mc, settings.subset, key="score.gradients.subset", tables=False)
+    mc = snapshot_model(source)
+    names = feature_weights(mc, settings)
     known = validation_rows(
         validation_sources(cfg),
         rows,
@@ -113,16 +117,16 @@ def less(
     passes: list[tuple[Pass, Pass]] = []
     for snapshot in snapshots:
         step = snapshot["step"]
-        state = _Snapshot(source, step, student, mesh)
+        state = _Snapshot(source, step, mesh)
         pair = [plan_pass(f"{side}-{step}", side_rows, cfg, mesh, out, ctx) for side, side_rows in (("val", known.rows), ("less", pool))]
         for plan, form in zip(pair, (None, adam)):
-            program = make_features(student.mc, names, projection, form, cfg.compute_dtype, cfg.train.remat)
+            program = make_features(mc, names, projection, form, cfg.compute_dtype, cfg.train.remat)
             label = f"{'validation' if form is None else 'training'} features at step {step}"
             run_pass(plan, lambda program=program, state=state: (program, state.tree()), cfg, mesh, out, ctx, label=label)
         passes.append((pair[0], pair[1]))
     facts = {
         "less_weights": list(names),
-        "less_parameters": _parameters(student, names),
+        "less_parameters": _parameters(mc, names),
         "less_checkpoints": snapshots,
         "less_subtasks": {name: list(known.subtask.values()).count(name) for name in sorted(set(known.subtask.values()))},
         "less_seconds": round(time.monotonic() - started, 3),
@@ -139,8 +143,8 @@ def less(
 class _Snapshot:
     """A snapshot that is opened when it is first needed."""
 
-    def __init__(self, source: Artifact, step: int, student: Student, mesh: Mesh):
-        self._open = lambda: restore_snapshot(source, step, student.mc, mesh)
+    def __init__(self, source: Artifact, step: int, mesh: Mesh):
+        self._open = lambda: restore_snapshot(source, step, mesh)
         self._tree: dict[str, Any] | None = None
 
     def tree(self) -> dict[str, Any]:
@@ -183,5 +187,6 @@ def _influences(
         yield pa.table({"id": pa.array(ids, pa.string()), **steps})
 
 
-def _parameters(student: Student, names: Sequence[str]) -> int:
-    return sum((student.params["layers"].get(name, student.params.get(name))).size for name in names)
+def _parameters(mc: ModelConfig, names: Sequence[str]) -> int:
+    shapes = weight_shapes(mc)
+    return sum(math.prod(shapes["layers"].get(name, shapes.get(name))) for name in names)
