@@ -37,15 +37,13 @@ def sections_read(cfg: ConfigDict) -> tuple[str, ...]:
 def snapshots_needed(cfg: ConfigDict) -> int:
     """How many snapshots the warm-up training must keep for the requested signals; 0: none.
 
-    Raises ConfigError if two signals want different numbers, or the training is of adapters, which leave none.
+    Raises ConfigError if two signals want different numbers.
     """
     wanted = {"score.gradients.checkpoints": ("less",), "score.over_time.snapshots": OVER_TIME}
     counts = {key: int(lookup(cfg, key)) for key, names in wanted.items() if set(names) & set(cfg.score.signals)}
     if len(set(counts.values())) > 1:
         both = " and ".join(f"config.{key}: {count}" for key, count in counts.items())
         raise ConfigError(f"{both}: one training makes the snapshots of both; give the same number")
-    if counts and (cfg.train.lora.rank or cfg.train.lora.preset):
-        raise ConfigError(f"config.train.lora: {next(iter(counts))} needs snapshots of a warm-up training, and adapters leave none")
     return max(counts.values(), default=0)
 
 

@@ -20,7 +20,7 @@ from dccot_jax.artifact import MANIFEST, Artifact, ArtifactError, copy_tree, ope
 from dccot_jax.data.template import stop_ids
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, hf, lora
-from dccot_jax.model.config import Lora, ModelConfig
+from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
@@ -123,7 +123,7 @@ def checkpointed_params(path: epath.Path, training: Artifact, mc: ModelConfig, m
     settings = training.json("final").get("lora")
     if settings is None:
         return restore_params(path, abstract_params(mc, mesh, dtype), inside="params")
-    adapted = dataclasses.replace(mc, lora=Lora(**settings))
+    adapted = dataclasses.replace(mc, lora=settings)
     adapters = restore_params(path, lora.split(adapted, abstract_params(adapted, mesh))[0], inside="params")
     base = untrained_params(training, mesh, jnp.float32)
     with jax.set_mesh(mesh):

@@ -17,7 +17,7 @@ from etils import epath
 
 from dccot_jax.artifact import Artifact, ArtifactError
 from dccot_jax.model import lora
-from dccot_jax.model.config import Lora, ModelConfig
+from dccot_jax.model.config import ModelConfig
 from dccot_jax.train.checkpoint import abstract_params, checkpointed_params, first_line, save_params, untrained_params
 from dccot_jax.train.optimizer import make_schedule
 
@@ -54,7 +54,7 @@ def describe_snapshots(train: Any, steps: int) -> list[dict[str, Any]]:
 def snapshot_model(artifact: Artifact) -> ModelConfig:
     """The model that was trained, with its adapters where these alone were; the student of the artifact has them merged."""
     mc, settings = ModelConfig.from_dict(artifact.json("student")["model"]), artifact.json("final").get("lora")
-    return mc if settings is None else dataclasses.replace(mc, lora=Lora(**settings))
+    return mc if settings is None else dataclasses.replace(mc, lora=settings)
 
 
 def restore_snapshot(artifact: Artifact, step: int, mesh: Any) -> dict[str, Any]:
