@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from training_cases import TINY, mesh, run_config, write_training
 
-from dccot_jax.artifact import ArtifactError, ArtifactWriter
+from dccot_jax.artifact import Artifact, ArtifactError, ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.train.checkpoint import abstract_params, restore_params
 from dccot_jax.train.loop import run
@@ -41,7 +42,7 @@ def test_a_killed_training_leaves_the_same_snapshots(inputs, tmp_path):
         train(inputs, tmp_path / "killed", cfg, on_step=kill)
     again = train(inputs, tmp_path / "killed", cfg)
     assert again.logical_hash == result.logical_hash and again.facts == result.facts
-    whole, killed = (ArtifactWriter(tmp_path / name) for name in ("whole", "killed"))
+    whole, killed = (Artifact(epath.Path(tmp_path / name), {}) for name in ("whole", "killed"))
     on = mesh(1, 2, 1)
     for step in (4, 8, 12):
         first, second = (restore_snapshot(a, step, on) for a in (whole, killed))
@@ -61,7 +62,7 @@ def test_a_killed_training_leaves_the_same_snapshots(inputs, tmp_path):
 @pytest.mark.slow
 def test_a_training_with_muon_keeps_parameters_alone(inputs, tmp_path):
     train(inputs, tmp_path / "muon", run_config(snapshots=2, optimizer="muon"))
-    artifact = ArtifactWriter(tmp_path / "muon")
+    artifact = Artifact(epath.Path(tmp_path / "muon"), {})
     last = restore_snapshot_params(artifact, 12, TINY, mesh(1, 1, 1))
     jax.tree.map(np.testing.assert_array_equal, last, restore_params(tmp_path / "muon" / "final", abstract_params(TINY, mesh(1, 1, 1))))
 
