@@ -16,7 +16,8 @@ from test_model import packed_batch, random_params
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.decoder import forward
 from dccot_jax.model.head import weighted_nll
-from dccot_jax.model.hf import LAYER, POST_NORMS, TOP, load_hf, save_hf
+from dccot_jax.model.hf import load_hf, save_hf
+from dccot_jax.model.hf_names import LAYER, POST_NORMS, TOP
 
 pytestmark = pytest.mark.parity
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from dccot_jax.model.config import ModelConfig, ModelError
 from dccot_jax.model.decoder import Params
-from dccot_jax.model.hf import LAYER, on_host, write_json
+from dccot_jax.model.hf_export import on_host
+from dccot_jax.model.hf_files import write_json
+from dccot_jax.model.hf_names import LAYER
 from dccot_jax.model.lora import MODULES
 from dccot_jax.model.safetensors_io import write_safetensors
 

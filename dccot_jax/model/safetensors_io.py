@@ -20,6 +20,7 @@ from dccot_jax.model.config import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_WRITE_BYTES = 8 << 20  # cast and written at a time
 DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
@@ -48,6 +49,9 @@ class TensorReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._maps[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._maps[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A copy of tensor[index] in the file's dtype; only the pages that hold it are touched."""
@@ -88,25 +92,70 @@ class TensorReader:
                 self._maps[name] = np.memmap(path, dtype, "r", 8 + length + start, shape)
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: np.dtype, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Write one file from a stream of (name, array) in the order of `shapes`; one tensor is held at a time.
+class SafetensorsFile:
+    """One file under way: rows of its tensors in any order. Written beside and renamed by `close`.
 
-    Written beside and renamed. Raises ModelError if the stream does not match `shapes`.
+    Attributes:
+      path: where it will be. bytes: its size when whole.
     """
+
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: np.dtype):
+        """shapes: of the tensors, which lie in this order."""
+        header, self.bytes = _header(shapes, dtype)
+        self.path, self.dtype, self._shapes = path, dtype, {name: tuple(shape) for name, shape in shapes.items()}
+        starts = json.loads(header[8:])
+        self._starts = {name: len(header) + starts[name]["data_offsets"][0] for name in shapes}
+        self._missing = self.bytes - len(header)
+        self._beside = path.with_name(path.name + ".part")
+        self._stream = self._beside.open("wb")
+        self._stream.write(header)
+
+    def put(self, name: str, array: np.ndarray, row: int = 0) -> None:
+        """Rows `row`, `row` + 1, ... of a tensor, each once; cast a few at a time. Raises ModelError if they do not fit it."""
+        shape = self._shapes.get(name)
+        if shape is None or array.ndim != len(shape) or array.shape[1:] != shape[1:] or row + len(array) > shape[0]:
+            raise ModelError(f"{self.path.name}: got rows from {row} of {name} {array.shape}, expected {shape}")
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        self._stream.seek(self._starts[name] + row * row_bytes)
+        step = max(1, _WRITE_BYTES // max(1, row_bytes))
+        for first in range(0, len(array), step):
+            self._stream.write(np.ascontiguousarray(array[first : first + step], self.dtype).view(np.uint8).data)
+        self._missing -= len(array) * row_bytes
+        if not self._missing:
+            self.close()
+
+    def close(self) -> None:
+        """Called by the `put` that completes the file, too. Raises ModelError if rows are missing."""
+        if self._stream.closed:
+            return
+        self._stream.close()
+        if self._missing:
+            raise ModelError(f"{self.path.name}: {self._missing} bytes of its tensors were never written")
+        os.replace(self._beside, self.path)
+
+
+def safetensors_bytes(shapes: Mapping[str, Sequence[int]], dtype: np.dtype) -> int:
+    """Size of a whole file."""
+    return _header(shapes, dtype)[1]
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, Sequence[int]], dtype: np.dtype, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Write one file from a stream of (name, array), one array held at a time. Raises ModelError if they are not those of `shapes`."""
+    file = SafetensorsFile(path, shapes, dtype)
+    for name, array in tensors:
+        file.put(name, array)
+    file.close()
+
+
+def _header(shapes: Mapping[str, Sequence[int]], dtype: np.dtype) -> tuple[bytes, int]:
+    """The header with its length, and the size of the whole file."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start aligned
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for expected, (name, array) in zip(shapes, tensors, strict=True):
-            if name != expected or tuple(array.shape) != tuple(shapes[expected]):
-                raise ModelError(f"{path.name}: got {name} {array.shape}, expected {expected} {tuple(shapes[expected])}")
-            stream.write(np.ascontiguousarray(array, dtype).tobytes())
-    os.replace(beside, path)
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + offset
