@@ -43,7 +43,7 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all remaining devices
 
     c.student = ConfigDict()
-    c.student.path = ""  # Hugging Face directory; "" means random init of `student.model`
+    c.student.path = ""  # Hugging Face directory or .gguf file; "" means random init of `student.model`
     c.student.tokenizer = "embedded"  # embedded | Hugging Face directory; ignored when `path` is set
     c.student.model = ConfigDict(
         {

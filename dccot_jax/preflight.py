@@ -13,6 +13,7 @@ from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
 from dccot_jax.model.config import ModelError, from_config
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import MeshError, mesh_shape
 from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
@@ -99,6 +100,8 @@ def _check_student(config: ConfigDict) -> None:
     """Its files are there, its model can be built, and rows and replies fit its positions."""
     for key in ("path", "tokenizer"):
         folder = config.student[key]
+        if key == "path" and is_gguf(folder):
+            continue  # read below, tokenizer and all in one file
         if folder and folder != "embedded" and not (Path(folder).expanduser() / "tokenizer.json").exists():
             raise ConfigError(f"config.student.{key}: {folder!r} is not a Hugging Face directory (no tokenizer.json there)")
     where = "path" if config.student.path else "model"

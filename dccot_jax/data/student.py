@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, file_hash, json_hash, write_atomic
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
+from dccot_jax.data.gguf_tokenizer import write_gguf_tokenizer
 from dccot_jax.data.template import check_template, stop_ids
 from dccot_jax.data.tokenizer import copy_tokenizer, embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.hf_files import GENERATION_CONFIG
 from dccot_jax.records import content_hash, derive_seed
 
@@ -39,7 +41,10 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             model = read_config(source)
         except ModelError as error:
             raise ConfigError(f"config.student.path: {error}") from None
-        copy_tokenizer(source, tokenizer_dir)
+        if is_gguf(source):
+            write_gguf_tokenizer(source, tokenizer_dir)
+        else:
+            copy_tokenizer(source, tokenizer_dir)
         if (source / GENERATION_CONFIG).exists():
             write_atomic(tokenizer_dir / GENERATION_CONFIG, (source / GENERATION_CONFIG).read_bytes())
         weights: dict[str, Any] = {"kind": "hf", "path": str(source.resolve()), "hash": weights_hash(source)}
@@ -75,8 +80,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 
 
 def weights_hash(directory: Path) -> str:
-    """Content hash of the safetensors files of a Hugging Face directory. Raises ConfigError if there are none."""
-    files = sorted(directory.glob("*.safetensors"))
+    """Content hash of the safetensors files of a Hugging Face directory, or of a GGUF file. Raises ConfigError if there are none."""
+    files = [directory] if is_gguf(directory) else sorted(directory.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"config.student.path: no *.safetensors in {directory}")
     return content_hash("weights/1", {path.name: file_hash(path) for path in files}, digits=64)

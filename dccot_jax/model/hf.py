@@ -1,4 +1,4 @@
-"""Hugging Face directories to parameters, and back (`save_hf`)."""
+"""Hugging Face directories and GGUF files to parameters, and back to Hugging Face directories (`save_hf`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from dccot_jax.model.config import ModelConfig, ModelError
 from dccot_jax.model.decoder import Params
+from dccot_jax.model.gguf_config import read_gguf_config
+from dccot_jax.model.gguf_io import GgufReader, is_gguf
 from dccot_jax.model.hf_config import from_hf
 from dccot_jax.model.hf_export import save_hf as save_hf
 from dccot_jax.model.hf_files import GENERATION_CONFIG, read_json
@@ -23,10 +25,12 @@ from dccot_jax.model.sharding import param_shardings, weight_shapes
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory.
+    """The ModelConfig of a Hugging Face directory or a GGUF file.
 
     Raises ModelError: no config.json, one that does not read, or a model that cannot be represented.
     """
+    if is_gguf(path):
+        return read_gguf_config(path)
     file = Path(path) / "config.json"
     if not file.exists():
         raise ModelError(f"no config.json in {path}; not a Hugging Face model directory")
@@ -47,7 +51,7 @@ def load_hf(
     reader: Reader | None = None,
     block_bytes: int = 0,
 ) -> tuple[ModelConfig, Params]:
-    """Read a Hugging Face directory into parameters of `dtype`, see `hf_read`.
+    """Read a Hugging Face directory or a GGUF file into parameters of `dtype`, see `hf_read`.
 
     Args:
       mesh: where the parameters go, see `param_shardings`; None: the default device.
@@ -57,7 +61,7 @@ def load_hf(
       ModelError: an unsupported config, or missing, unexpected and misshapen tensors, all named together.
     """
     mc = read_config(path)
-    reader = reader or TensorReader(path)
+    reader = reader or open_weights(path, mc)
     _check(path, mc, reader)
     shapes = weight_shapes(mc)
     if not block_bytes:
@@ -80,6 +84,13 @@ def load_hf(
     for name in (name for name in shapes if name != "layers"):
         params[name] = leaf(name, [TOP[name][0]], shapes[name], shardings[name])
     return mc, params
+
+
+def open_weights(path: str | os.PathLike, mc: ModelConfig) -> Reader:
+    """Raises ModelError if the files do not read."""
+    if is_gguf(path):
+        return GgufReader(path, mc)
+    return TensorReader(path)
 
 
 def _check(path: str | os.PathLike, mc: ModelConfig, reader: Reader) -> None:
