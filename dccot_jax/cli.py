@@ -66,7 +66,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where artifacts and the report go.", flag_values=_FLAGS)
     flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
     flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
-    flags.DEFINE_string("checkpoint", None, "A train artifact, or a Hugging Face directory.", flag_values=_FLAGS)
+    flags.DEFINE_string("checkpoint", None, "A train artifact, a Hugging Face directory, for eval also a .gguf file.", flag_values=_FLAGS)
     flags.DEFINE_string("out", None, "Output directory or file.", flag_values=_FLAGS)
     flags.DEFINE_string("format", None, "Format of exported traces.", flag_values=_FLAGS)
     flags.DEFINE_string("stage", "select", "Export the traces that this stage left.", flag_values=_FLAGS)
@@ -310,7 +310,7 @@ def _eval(console: Console) -> int:
 
     config = _config()
     if not _FLAGS.checkpoint:
-        raise UsageError("--checkpoint=DIR is needed: a train artifact or a Hugging Face directory")
+        raise UsageError("--checkpoint=DIR is needed: a train artifact, a Hugging Face directory or a .gguf file")
     checkpoint = _path(_FLAGS.checkpoint)
     workdir = _workdir() if _FLAGS.workdir else epath.Path("runs").absolute() / f"eval-{checkpoint.name}"
     with _started(workdir, config.data_dir) as ctx, _locked(workdir, ctx):
@@ -319,15 +319,19 @@ def _eval(console: Console) -> int:
 
 
 def _export(console: Console) -> int:
-    from dccot_jax.train.checkpoint import export_hf
-
     if not _FLAGS.checkpoint or not _FLAGS.out:
         raise UsageError("--checkpoint=DIR and --out=DIR are needed")
     out = Path(_FLAGS.out).expanduser()
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"--out={out}: not empty; name another directory")
+    _join_processes()  # a barrier: no process writes before all have looked
+    import jax
+
+    from dccot_jax.train.checkpoint import export_hf
+
     export_hf(_path(_FLAGS.checkpoint), out)
-    console.print(f"wrote {out}")
+    if jax.process_index() == 0:
+        console.print(f"wrote {out}", soft_wrap=True)
     return 0
 
 

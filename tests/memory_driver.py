@@ -1,4 +1,4 @@
-"""Load a checkpoint in a process of its own and print, as JSON, how much anonymous memory that took at most, in bytes.
+"""Load a checkpoint in a process of its own, or in one of two, and print, as JSON, how much anonymous memory that took at most, in bytes.
 
 The baseline is taken when JAX has started and every module is in: a tiny checkpoint has been loaded through the same programs.
 """
@@ -35,7 +35,9 @@ class Peak(threading.Thread):
             self.value = max(self.value, anonymous())
 
 
-def main(tiny: str, large: str, dtype: str, fsdp: int) -> None:
+def main(tiny: str, large: str, dtype: str, fsdp: int, port: str, index: int) -> None:
+    if port:
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
     mesh = make_mesh({"fsdp": fsdp}) if fsdp > 1 else None
     load_hf(tiny, mesh, dtype=dtype, block_bytes=1)
     baseline = anonymous()
@@ -49,4 +51,4 @@ def main(tiny: str, large: str, dtype: str, fsdp: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], int(sys.argv[6]))

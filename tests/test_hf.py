@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from family_cases import CASES
 from test_model import TIED, UNTIED, random_params
 
 from dccot_jax.model import hf_export
@@ -58,6 +59,18 @@ def test_export_import_is_bit_exact_over_files_and_meshes(mc: ModelConfig, tmp_p
     save_hf(sharded, mc, None, tmp_path / "many", max_shard_bytes=9000)
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "many")[1], params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_comes_back_byte_for_byte_from_a_mesh(name: str, dtype: str, tmp_path: Path):
+    mc = CASES[name]
+    save_hf(random_params(mc), mc, None, tmp_path / "a", dtype=dtype)
+    found, params = load_hf(tmp_path / "a", make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert found == mc
+    save_hf(params, found, None, tmp_path / "b", dtype=dtype)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_bfloat16_files_survive_a_float32_round_trip(tmp_path: Path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from dccot_jax.model.safetensors_io import write_safetensors
 from dccot_jax.model.sharding import weight_shapes
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 TINY = ModelConfig("llama", 64, 16, 32, 2, 2, 2, 8)
 SMALL = ModelConfig("llama", 256, 512, 10240, 2, 4, 2, 128)  # 33 M parameters, of which each of the MLP's three leaves is a third
 LARGE = ModelConfig("llama", 50304, 2048, 6144, 16, 16, 8, 128, tie_embeddings=False)  # 1.0 G parameters
@@ -30,7 +33,7 @@ LARGE = ModelConfig("llama", 50304, 2048, 6144, 16, 16, 8, 128, tie_embeddings=F
 def write_random(folder: Path, mc: ModelConfig) -> Path:
     """A bfloat16 checkpoint of random bits, one tensor in memory at a time."""
     rng = np.random.default_rng(0)
-    folder.mkdir()
+    folder.mkdir(parents=True)
 
     def draw() -> Iterator[tuple[str, np.ndarray]]:
         for name, source in tensors(mc).items():
@@ -43,34 +46,64 @@ def write_random(folder: Path, mc: ModelConfig) -> Path:
     return folder
 
 
-def measure(tmp_path: Path, mc: ModelConfig, dtype: str, fsdp: int) -> tuple[dict, int]:
-    """What the driver printed, and the bytes of the largest stacked leaf in the checkpoint's dtype."""
-    tiny, large = write_random(tmp_path / "tiny", TINY), write_random(tmp_path / "large", mc)
+def measure(folder: Path, mc: ModelConfig, dtype: str, fsdp: int, processes: int) -> None:
+    """Every process stays within its bound, and the measurement sees the parameters."""
+    port = ""
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={fsdp}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={fsdp // processes}",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, str(HERE / "memory_driver.py"), str(tiny), str(large), dtype, str(fsdp)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), max(2 * math.prod(shape) for shape in weight_shapes(mc)["layers"].values())
+    command = [sys.executable, str(HERE / "memory_driver.py"), str(folder / "tiny"), str(folder / "large"), dtype, str(fsdp), port]
+    runs = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(processes)
+    ]
+    found = []
+    try:
+        for run in runs:
+            out, errors = run.communicate(timeout=1200)
+            assert run.returncode == 0, errors[-3000:]
+            found.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for run in runs:
+            run.kill()
+    largest = max(2 * math.prod(shape) for shape in weight_shapes(mc)["layers"].values())
+    share = mc.num_params() * np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize / processes
+    for process in found:
+        assert share <= process["target"] <= 1.01 * share  # besides its part of each matrix a process holds the norms
+        assert process["above"] <= process["target"] + 1.3 * largest, process
+        assert process["above"] >= 0.95 * process["target"]
 
 
-def check(found: dict, largest: int, mc: ModelConfig, itemsize: int) -> None:
-    assert found["target"] >= mc.num_params() * itemsize
-    assert found["above"] <= found["target"] + 1.3 * largest
-    assert found["above"] >= 0.95 * found["target"]  # the measurement sees the parameters
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_random(folder / "tiny", TINY)
+    write_random(folder / "large", SMALL)
+    return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "fsdp"), [("float32", 1), ("bfloat16", 2)])
-def test_a_small_checkpoint(tmp_path: Path, dtype: str, fsdp: int):
-    check(*measure(tmp_path, SMALL, dtype, fsdp), SMALL, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize)
+@pytest.fixture(scope="module")
+def billion(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("billion")
+    write_random(folder / "tiny", TINY)
+    write_random(folder / "large", LARGE)
+    yield folder
+    shutil.rmtree(folder)  # 2 GB, which pytest would keep
+
+
+@pytest.mark.parametrize(("dtype", "fsdp", "processes"), [("float32", 1, 1), ("bfloat16", 2, 1)])
+def test_a_small_checkpoint(small: Path, dtype: str, fsdp: int, processes: int):
+    measure(small, SMALL, dtype, fsdp, processes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "fsdp"), [("float32", 1), ("bfloat16", 4)])
-def test_one_billion_parameters(tmp_path: Path, dtype: str, fsdp: int):
-    check(*measure(tmp_path, LARGE, dtype, fsdp), LARGE, np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize)
+@pytest.mark.parametrize(("dtype", "fsdp", "processes"), [("float32", 1, 1), ("bfloat16", 4, 2)])
+def test_one_billion_parameters(billion: Path, dtype: str, fsdp: int, processes: int):
+    measure(billion, LARGE, dtype, fsdp, processes)
