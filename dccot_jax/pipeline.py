@@ -33,6 +33,7 @@ from dccot_jax.artifact import (
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.external import EXTERNAL
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.preflight import check
 from dccot_jax.records import content_hash
 from dccot_jax.select.settings import sections_read, snapshots_needed
@@ -305,7 +306,7 @@ def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: Context) -> list[ArmRun]:
-    """Evaluate a train artifact or a Hugging Face directory under a config's protocol; the workdir gets a report of it.
+    """Evaluate a train artifact, a Hugging Face directory or a GGUF file under a config's protocol; the workdir gets a report of it.
 
     Raises ConfigError if the path is neither, or the workdir holds a run already.
     """
@@ -319,12 +320,14 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: 
         if source.kind not in ("train", "student"):
             raise ConfigError(f"--checkpoint={checkpoint}: a {source.kind} artifact, not a train or student artifact")
         role = source.kind
-    elif (checkpoint / "config.json").exists():
+    elif (checkpoint / "config.json").exists() or is_gguf(checkpoint):
         config = config_lib.override(config, {"student.path": str(checkpoint)})
         role = "student"
         source, _ = _make(store, Node("student", STAGES["student"], config, {}), {}, "eval", ctx)
     else:
-        raise ConfigError(f"--checkpoint={checkpoint}: neither a train artifact (manifest.json) nor a Hugging Face directory (config.json)")
+        raise ConfigError(
+            f"--checkpoint={checkpoint}: neither a train artifact (manifest.json), a Hugging Face directory (config.json) nor a .gguf file"
+        )
     node = Node("evaluate", STAGES["evaluate"], config, {role: "source"})
     artifact, _ = _make(store, node, {"source": source}, "eval", ctx)
     config = config_lib.override(config, {"arms": (), "report.compare": ()})

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,18 +19,20 @@ from gguf_files import tokenizer_fields, torch_tensors, write_gguf
 from test_hf import jax_logits
 from test_model import random_params
 from tiny import tiny_config
+from training_cases import finished
 
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.data import student
 from dccot_jax.data.gguf_tokenizer import write_gguf_tokenizer
-from dccot_jax.data.tokenizer import END, PAD, TokenizerError, embedded_tokenizer_dir, load_tokenizer
+from dccot_jax.data.tokenizer import END, PAD, TokenizerError, embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
 from dccot_jax.model.config import ModelConfig, ModelError, RopeScaling
 from dccot_jax.model.gguf_io import GgufReader
-from dccot_jax.model.hf import load_hf, read_config
+from dccot_jax.model.hf import load_hf, read_config, save_hf
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.preflight import check
 from dccot_jax.records import InputError
+from dccot_jax.select.settings import check_settings
 
 gguf = pytest.importorskip("gguf")
 
@@ -139,10 +147,19 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path):
     with pytest.raises(ModelError, match=r"rope_freqs.weight is not the llama3 stretching"):
         read_config(path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ModelError, match="not a whole GGUF file"):
+    with pytest.raises(ModelError, match="does not read as GGUF"):
         read_config(path)
     with pytest.raises(ModelError, match="no such file"):
         read_config(tmp_path / "none.gguf")
+    write_gguf(path, params, mc)
+    whole, name = path.read_bytes(), b"blk.0.ffn_up.weight"
+    at = whole.index(name) + len(name) + 4 + 2 * 8  # behind the rank and two sizes: the type
+    types = {9: "blk.0.ffn_up.weight has type Q8_1, which the package gguf does not de-quantise", 99: r"99\)? is not a valid"}
+    for kind, refusal in types.items():
+        path.write_bytes(whole[:at] + struct.pack("<I", kind) + whole[at + 4 :])
+        with pytest.raises(ModelError, match=refusal) as error:
+            read_config(path)
+        assert "\n" not in str(error.value)
     writer = gguf.GGUFWriter(path, "phi3")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -181,6 +198,37 @@ def test_a_gguf_file_is_a_student_with_its_tokenizer(embedded: Path, tmp_path: P
     np.testing.assert_array_equal(jax_logits(loaded, found, tokens), jax_logits(params, mc, tokens))
 
 
+def test_a_gguf_student_is_exported_by_two_processes_as_by_one(embedded: Path, tmp_path: Path):
+    """`dccot export` on each of two processes with two devices: every tensor as `load_hf` reads it, the tokenizer, one config."""
+    mc = ModelConfig("llama", 512, 32, 64, 3, 4, 2, 8, max_positions=256)
+    write_gguf(tmp_path / "m.gguf", random_params(mc), mc, "Q8_0", tokenizer_fields(embedded, "smollm", {"eos": END, "padding": PAD}))
+    out, ctx = ArtifactWriter(tmp_path / "student"), Context(tmp_path)
+    cfg = tiny_config(student__path=str(tmp_path / "m.gguf"))
+    result = student.run(cfg, {}, out, ctx)
+    finished(out.path, "student", result.logical_hash, dict(result.facts))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "dccot_jax", "export", f"--checkpoint={out.path}", f"--out={tmp_path / 'hf'}"]
+    command += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    runs = [subprocess.Popen([*command, f"--process_id={i}"], env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        said = [run.communicate(timeout=300)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert ["wrote" in text for text in said] == [True, False]
+    files = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert files == ["config.json", "generation_config.json", *weights, "tokenizer.json", "tokenizer_config.json"]
+    found, loaded = load_hf(tmp_path / "hf")
+    assert found == read_config(tmp_path / "m.gguf")
+    jax.tree.map(np.testing.assert_array_equal, loaded, load_hf(tmp_path / "m.gguf")[1])
+    assert tokenizer_hash(tmp_path / "hf") == tokenizer_hash(out.file("tokenizer"))
+
+
 def test_pre_tokenizers_split_merge_and_normalise_as_named(embedded: Path, tmp_path: Path):
     """What llama.cpp's names stand for, on texts where they differ; an unknown name is refused."""
     fields = tokenizer_fields(embedded, "", {"eos": END, "bos": PAD})
@@ -207,18 +255,23 @@ def test_pre_tokenizers_split_merge_and_normalise_as_named(embedded: Path, tmp_p
         tokens("qwen2", "x", **{"ggml.model": "bert"})
 
 
-def test_sentencepiece_vocabularies(tmp_path: Path):
-    """Merges follow the scores; bytes stand in for what is unknown; llama.cpp puts <s> in front unless told otherwise."""
+def sentencepiece_fields() -> dict[str, Any]:
+    """A vocabulary of letters and words with scores, all bytes, and three tokens that are no text."""
     letters = [*"abcdehlorw ".replace(" ", "▁")]
     words = ["he", "ll", "hell", "hello", "▁w", "or", "▁wor", "ld", "▁world", "▁hello"]
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *letters, *words]
     scores = [0.0] * 259 + [-100.0] * len(letters) + [-float(i) for i in range(len(words))]
-    fields = {
+    return {
         "ggml.model": "llama", "ggml.tokens": tokens, "ggml.scores": scores,
         "ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)],
         "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.unknown_token_id": 0,
     }  # fmt: skip
-    mc = ModelConfig("llama", len(tokens), 16, 16, 1, 2, 2, 8)
+
+
+def test_sentencepiece_vocabularies(tmp_path: Path):
+    """Merges follow the scores; bytes stand in for what is unknown; llama.cpp puts <s> in front unless told otherwise."""
+    fields = sentencepiece_fields()
+    mc = ModelConfig("llama", len(fields["ggml.tokens"]), 16, 16, 1, 2, 2, 8)
     write_gguf(tmp_path / "m.gguf", random_params(mc), mc, tokenizer=fields)
     write_gguf_tokenizer(tmp_path / "m.gguf", tmp_path / "tok")
     tokenizer = load_tokenizer(tmp_path / "tok")
@@ -226,6 +279,28 @@ def test_sentencepiece_vocabularies(tmp_path: Path):
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁hello", "▁world", "▁", "<0xC3>", "<0xA9>", "</s>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello world é"
     assert read_config(tmp_path / "m.gguf").eos_token_ids == (2,)
+
+
+def test_other_models_are_compared_with_the_tokenizer_in_the_file(embedded: Path, tmp_path: Path):
+    """The check before any work: the holdout model's tokenizer is the file's, or it is refused; it cannot be a GGUF file itself."""
+    mc, path = ModelConfig("llama", 512, 32, 64, 1, 4, 2, 8, max_positions=1024), tmp_path / "m.gguf"
+    write_gguf(path, random_params(mc), mc, tokenizer=tokenizer_fields(embedded, "smollm", {"eos": END, "padding": PAD}))
+    changes = {"student__path": str(path), "score__signals": ("rho",), "score__student": "base"}
+    for pad, refused in ((PAD, False), (END, True)):
+        other = tmp_path / f"other{refused}"
+        write_gguf(
+            path.with_name("o.gguf"), random_params(mc), mc, tokenizer=tokenizer_fields(embedded, "smollm", {"eos": END, "padding": pad})
+        )
+        write_gguf_tokenizer(path.with_name("o.gguf"), other)
+        save_hf(random_params(mc), mc, None, other)
+        config = tiny_config(**changes, score__models__holdout=str(other))
+        if refused:
+            with pytest.raises(InputError, match=r"config.score.models.holdout: .* has tokenizer"):
+                check_settings(config)
+        else:
+            check_settings(config)
+    with pytest.raises(InputError, match=r"config.score.models.holdout: .*o.gguf: a GGUF file is read as student.path alone"):
+        check_settings(tiny_config(**changes, score__models__holdout=str(path.with_name("o.gguf"))))
 
 
 def test_a_student_that_cannot_be_is_refused_before_any_work(tmp_path: Path):
@@ -250,3 +325,24 @@ def test_logits_equal_transformers_reading_the_same_file(family: str, quant: str
         expected = model(torch.tensor(tokens)).logits.numpy()
     found, params = load_hf(tmp_path / "m.gguf")
     np.testing.assert_allclose(jax_logits(params, found, tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("family", "pre"), [("llama", "llama-bpe"), ("llama", "gpt-2"), ("qwen2", "qwen2"), ("llama", ""), ("gemma2", "")])
+def test_tokens_equal_those_of_transformers_reading_the_same_file(family: str, pre: str, embedded: Path, tmp_path: Path):
+    """Byte-level by the split it names, SentencePiece where `pre` is empty; text is cut at the control tokens."""
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    fields = tokenizer_fields(embedded, pre, {"eos": END}) if pre else sentencepiece_fields()
+    if family == "gemma2":
+        fields["ggml.add_space_prefix"] = False
+    window = {"sliding_window": 8, "window_layers": (0,)} if family == "gemma2" else {}
+    mc = ModelConfig(family, len(fields["ggml.tokens"]), 16, 16, 1, 2, 2, 8, qkv_bias=family == "qwen2", **window)
+    write_gguf(tmp_path / "m.gguf", random_params(mc), mc, tokenizer=fields)
+    write_gguf_tokenizer(tmp_path / "m.gguf", tmp_path / "tok")
+    ours, theirs = load_tokenizer(tmp_path / "tok"), AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in (*TEXTS, "hello world, hello  worldé", "</s>hell<s> world", " hello"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
+        assert ours.decode(ours(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
+    assert ours.eos_token == theirs.eos_token

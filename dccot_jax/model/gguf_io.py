@@ -71,7 +71,7 @@ def is_gguf(path: str | os.PathLike) -> bool:
 def open_gguf(path: str | os.PathLike) -> GgufFile:
     """Metadata and tensor table of a file; nothing of the tensors is read.
 
-    Raises ModelError: no such file, not a whole GGUF file, one part of several, a tensor type that cannot be de-quantised, or the
+    Raises ModelError: no such file, one that does not read, one part of several, a tensor type that cannot be de-quantised, or the
     package gguf is missing.
     """
     file = Path(path).expanduser()
@@ -155,7 +155,8 @@ def _open(path: str, _modified: int, _size: int) -> GgufFile:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError) as error:
-        raise ModelError(f"{path}: not a whole GGUF file ({error})") from None
+        why = " ".join(str(error).split())
+        raise ModelError(f"{path}: does not read as GGUF ({why}); it is damaged, or newer than the package gguf knows") from None
     metadata = {name: _value(field) for name, field in reader.fields.items()}
     problems = []
     if reader.byte_order != "I":

@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact
 from dccot_jax.config import ConfigError, lookup
+from dccot_jax.data.gguf_tokenizer import write_gguf_tokenizer
 from dccot_jax.data.template import TemplateError
 from dccot_jax.data.tokenizer import embedded_tokenizer_dir, load_tokenizer, tokenizer_hash
 from dccot_jax.model.config import ModelError
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.hf import read_config
 from dccot_jax.select.deita_scores import check_prompts, digit_tokens, grader_models
 from dccot_jax.select.judged import make_judges
@@ -101,12 +103,17 @@ def _check_judge(cfg: ConfigDict) -> None:
 
 def _student_tokenizer(cfg: ConfigDict) -> str:
     """Hash of the tokenizer that the rows will be written with."""
-    folder = cfg.student.path or cfg.student.tokenizer
-    return _embedded_tokenizer() if folder == "embedded" else tokenizer_hash(Path(folder).expanduser())
+    source = cfg.student.path or cfg.student.tokenizer
+    if source != "embedded" and not is_gguf(source):
+        return tokenizer_hash(Path(source).expanduser())
+    return _written_tokenizer(source)
 
 
 @functools.cache
-def _embedded_tokenizer() -> str:
+def _written_tokenizer(source: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        embedded_tokenizer_dir(folder)
+        if source == "embedded":
+            embedded_tokenizer_dir(folder)
+        else:
+            write_gguf_tokenizer(source, folder)
         return tokenizer_hash(folder)

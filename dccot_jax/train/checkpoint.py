@@ -21,6 +21,7 @@ from dccot_jax.data.template import stop_ids
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, hf, lora
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
@@ -103,6 +104,8 @@ def resolve_checkpoint(path: epath.PathLike) -> Artifact | epath.Path:
         return artifact
     if (folder / "config.json").exists():
         return folder
+    if is_gguf(folder):
+        raise CheckpointError(f"{folder}: a GGUF file is read as student.path alone; give the student artifact made from it")
     raise CheckpointError(f"{folder}: neither an artifact ({MANIFEST}) nor a Hugging Face directory (config.json)")
 
 
