@@ -26,6 +26,7 @@ GRADIENT_NORMS = ("ghost", "exact")
 PROJECTIONS = ("rademacher", "normal")
 LOSS_WEIGHTS = ("token", "sequence", "reverse")
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "splash", "cudnn", "tokamax")
 
 
 class ConfigError(InputError):
@@ -40,6 +41,7 @@ def default_config() -> ConfigDict:
     c.seeds = ()  # several seeds per arm; () means (seed,)
     c.data_dir = ""  # local files of public tasks; "" asks the hub
     c.compute_dtype = "float32"  # float32 | bfloat16: activations; parameters stay float32
+    c.attention = "auto"  # auto | xla | splash (TPU) | cudnn, tokamax (NVIDIA GPU): changes speed and last bits, see docs/training.md
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all remaining devices
 
     c.student = ConfigDict()
@@ -238,6 +240,7 @@ UNHASHED = frozenset(
         "name",
         "data_dir",
         "mesh",
+        "attention",
         "score.batch_tiles",
         "score.chunk_rows",
         "score.deita.complexity_model",
@@ -371,6 +374,7 @@ def validate(config: ConfigDict) -> None:
     for key in _flat_keys(default_config()):
         lookup(config, key)
     _one_of(config, "compute_dtype", DTYPES)
+    _one_of(config, "attention", ATTENTION)
     _one_of(config, "verify.against", ("registered", "evaluated"))
     _one_of(config, "mix.kind", MIXES)
     _one_of(config, "mix.mode", MIX_MODES)

@@ -449,7 +449,12 @@ def _make(store: Store, node: Node, done: Mapping[str, Artifact], label: str, ct
             },
             result=result,
             wall_seconds=seconds,
-            recorded={"processes": ctx.process_count, "mesh": config_lib.to_plain(node.config.mesh), "node": node.name},
+            recorded={
+                "processes": ctx.process_count,
+                "mesh": config_lib.to_plain(node.config.mesh),
+                "attention": node.config.attention,
+                "node": node.name,
+            },
         )
     lost = ", ".join(f"{reason} {count:,}" for reason, count in result.dropped.items())
     ctx.log(

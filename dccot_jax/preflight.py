@@ -12,6 +12,7 @@ from dccot_jax.config import ConfigError, nearest
 from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
+from dccot_jax.model.backends.registry import AttentionError, Need, resolve
 from dccot_jax.model.config import ModelError, from_config
 from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import MeshError, mesh_shape
@@ -72,7 +73,7 @@ def _check_arm(config: ConfigDict, devices: int | None) -> None:
             make_pacing(config.curriculum)
         except PlanError as error:
             raise ConfigError(str(error)) from None
-    _check_student(config)
+    _check_student(config, devices=devices is not None)
     _check_scorer(str(config.score.student))
     check_settings(config)
 
@@ -96,7 +97,7 @@ def _check_tasks(config: ConfigDict) -> None:
             raise ConfigError(f"config.evaluate.limits: {name!r}: {limit!r} must be a whole number of at least 0 (0: all)")
 
 
-def _check_student(config: ConfigDict) -> None:
+def _check_student(config: ConfigDict, *, devices: bool) -> None:
     """Its files are there, its model can be built, and rows and replies fit its positions."""
     for key in ("path", "tokenizer"):
         folder = config.student[key]
@@ -124,6 +125,11 @@ def _check_student(config: ConfigDict) -> None:
             f" less than {limit} is needed"
         )
     check_gradients(config, model)
+    if devices:
+        try:
+            resolve(config.attention, Need.of(model, config.train.row_tokens, config.compute_dtype, packed=True))
+        except AttentionError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_scorer(student: str) -> None:

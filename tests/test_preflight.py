@@ -107,3 +107,18 @@ def test_the_scoring_student_is_a_train_artifact(tmp_path):
 def test_the_warm_up_student_sees_other_rows_than_a_random_control():
     [step] = graph(tiny_config(), base=False)["select:warmup"].config.select.steps
     assert step["stream"] == "warmup"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cudnn", r"config\.attention: 'cudnn' needs an NVIDIA GPU; this is cpu; 'auto' takes 'xla' here$"),
+        ("splash", r"config\.attention: 'splash' needs a TPU; this is cpu; 'auto' takes 'xla' here$"),
+        ("cudn", r"config\.attention: 'cudn' is not one of auto, xla, splash, cudnn, tokamax \(did you mean 'cudnn'\?\)$"),
+    ],
+)
+def test_an_attention_backend_that_cannot_be_used_here_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        check(tiny_config(attention=name))
+    if name != "cudn":
+        check(tiny_config(attention=name), devices=False)  # the machine that runs it may be another

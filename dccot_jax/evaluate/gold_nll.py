@@ -75,11 +75,18 @@ def tiles(rows: Sequence[GoldRow], mesh: Mesh) -> list[list[GoldRow]]:
 
 
 def score(
-    params: Any, mc: ModelConfig, mesh: Mesh, batches: Sequence[Sequence[GoldRow]], *, compute_dtype: str, pad_id: int
+    params: Any,
+    mc: ModelConfig,
+    mesh: Mesh,
+    batches: Sequence[Sequence[GoldRow]],
+    *,
+    compute_dtype: str,
+    pad_id: int,
+    attention: str = "xla",
 ) -> Iterator[np.ndarray]:
     """Yield, tile by tile, the summed nats of its rows: float32 [len(tile)], the same on every process."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    program = _program(mc, compute_dtype)
+    program = _program(mc, compute_dtype, attention)
     for rows in batches:
         length = max(_bucket(len(row.input_ids)) for row in rows)
         arrays = _arrays(rows, _slots(length, shards), length, pad_id)
@@ -89,13 +96,13 @@ def score(
 
 
 @functools.lru_cache(maxsize=8)
-def _program(mc: ModelConfig, compute_dtype: str) -> Any:
+def _program(mc: ModelConfig, compute_dtype: str, attention: str) -> Any:
     """Jitted (params, arrays of `_arrays`) -> nats per row [B], replicated."""
 
     @jax.jit
     def nats(params: Any, x: dict[str, jax.Array]) -> jax.Array:
-        dtype = jnp.dtype(compute_dtype)
-        hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], compute_dtype=dtype, remat="none")
+        settings: Any = {"compute_dtype": jnp.dtype(compute_dtype), "remat": "none", "attention": attention, "packed": False}
+        hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], **settings)
         picked = head.gather_positions(hidden, x["index"])
         logp = head.token_stats(params, mc, picked, x["labels"], want=("label_logp",))["label_logp"]
         return jax.reshard(-jnp.sum(jnp.where(x["mask"], logp, 0.0), axis=1), P(None))

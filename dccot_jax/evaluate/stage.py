@@ -30,6 +30,7 @@ from dccot_jax.evaluate.metrics import task_metrics
 from dccot_jax.evaluate.protocol import GROUPS, Panel, Question, describe, load_panels, make_questions
 from dccot_jax.generate.greedy import greedy, make_sampler
 from dccot_jax.generate.sampler import Generated
+from dccot_jax.model.backends.choice import choose
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import Dropped, content_hash, count_reasons, dropped_to_table
 from dccot_jax.tasks.answers import judge
@@ -199,10 +200,15 @@ def _gold_all(
     keys = [[(row.question, len(row.input_ids)) for row in batch] for batch in batches]
     series = f"gold-{content_hash('gold/1', keys, GOLD_CHUNK_TILES)[:12]}"
 
+    attention, remark = choose(cfg.attention, student.mc, cfg.tokens.max_length, cfg.compute_dtype, packed=False)
+    if remark:
+        ctx.log(f"  {remark}")
+    settings: Any = {"compute_dtype": cfg.compute_dtype, "pad_id": student.pad_id, "attention": attention}
+
     def work(numbers: list[int], meter: Meter) -> list[dict[str, Any]]:
         found = []
         picked = [batches[number] for number in numbers]
-        results = gold_nll.score(student.params, student.mc, mesh, picked, compute_dtype=cfg.compute_dtype, pad_id=student.pad_id)
+        results = gold_nll.score(student.params, student.mc, mesh, picked, **settings)
         for batch, nats in zip(picked, results, strict=True):
             found += [
                 {"question": row.question, "nats": float(value), "tokens": len(row.input_ids) - row.prompt_tokens}

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dccot_jax.generate.cache import State, attend_cached, auto_mesh, bucket, fill_slots, new_state, state_shardings, visible, write_column
 from dccot_jax.model.attention import rope_divisors, rope_tables
+from dccot_jax.model.backends.registry import make_attention
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.decoder import Params, embed, finish_layer, layer_differences, make_layer, project_qkv, rms_norm
 from dccot_jax.model.head import logits
@@ -235,9 +236,9 @@ def _prefill(
     rows, length = tokens.shape
     x = embed(params, mc, tokens, dtype)
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    # Right padding lies after every real position, so the causal mask hides it.
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
-    x, (ks, vs) = jax.lax.scan(make_layer(mc, positions, mask), x, (params["layers"], layer_differences(mc)))
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    layer = make_layer(mc, positions, make_attention("xla", mc, segment_ids, packed=False))
+    x, (ks, vs) = jax.lax.scan(layer, x, (params["layers"], layer_differences(mc)))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     z = logits(params, mc, rms_norm(last, params["final_norm"], mc))[:, 0]
     first = _draw(z, batch["row_id"], jnp.zeros(rows, jnp.int32), draw, greedy)

@@ -14,16 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dccot_jax.model.attention import (
-    attend,
-    attend_blocks,
-    block_bias,
-    causal_segment_mask,
-    rope_divisors,
-    rope_tables,
-    rotate,
-    window_mask,
-)
+from dccot_jax.model.attention import attend_blocks, block_bias, rope_divisors, rope_tables, rotate
+from dccot_jax.model.backends.meaning import NO_WINDOW, Attention
+from dccot_jax.model.backends.registry import make_attention
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.lora import DROPOUT, delta
@@ -37,7 +30,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "none": None,
 }
-_NO_WINDOW = 1 << 30  # further back than any sequence is long
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -94,6 +86,8 @@ def forward(
     compute_dtype: Any = jnp.float32,
     remat: str = "nothing_saveable",
     dropout_key: jax.Array | None = None,
+    attention: str = "xla",
+    packed: bool = True,
 ) -> jax.Array:
     """Hidden states after the final norm.
 
@@ -102,6 +96,8 @@ def forward(
       compute_dtype: dtype of activations and products; norms, rotary angles and softmax are float32.
       remat: "nothing_saveable", "dots" (projections are kept) or "none".
       dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
+      attention: one of `backends.registry.BACKENDS`.
+      packed: rows may hold several segments; False promises one per row, from its first token on.
 
     Returns:
       [B, T, D] in the compute dtype; values at padding are meaningless and finite.
@@ -109,7 +105,7 @@ def forward(
     rows = tokens.shape[0]
     tokens, segment_ids, positions = (reshard(x, activation_spec(rows, None)) for x in (tokens, segment_ids, positions))
     x = embed(params, mc, tokens, compute_dtype)
-    whole_layer = make_layer(mc, positions, causal_segment_mask(segment_ids))
+    whole_layer = make_layer(mc, positions, make_attention(attention, mc, segment_ids, packed=packed))
 
     def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, None]:
         return whole_layer(x, own)[0], None
@@ -129,7 +125,7 @@ def layer_differences(mc: ModelConfig) -> dict[str, jax.Array]:
     """What a scan hands each layer beside its weights, only where layers differ: window int32 [L], rope divisors float32 [L, H/2]."""
     found = {}
     if len(set(mc.layer_windows)) > 1:
-        found["window"] = jnp.asarray([window or _NO_WINDOW for window in mc.layer_windows], jnp.int32)
+        found["window"] = jnp.asarray([window or NO_WINDOW for window in mc.layer_windows], jnp.int32)
     if len(set(mc.layer_ropes)) > 1:
         found["rope"] = jnp.stack([rope_divisors(rope, mc.head_dim) for rope in mc.layer_ropes])
     return found
@@ -164,7 +160,7 @@ def forward_blocks(
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None) -> jax.Array:
         return attend_blocks(q, k, v, blocks, back, uniform if own is None else own, scale=mc.attn_scale, softcap=mc.attn_softcap)
 
-    layer = _layer(mc, positions, attention)
+    layer = make_layer(mc, positions, attention)
     x = embed(params, mc, tokens, compute_dtype)
     x, _ = jax.lax.scan(lambda x, own: (layer(x, own)[0], None), x, (params["layers"], layer_differences(mc)))
     return rms_norm(x, params["final_norm"], mc)
@@ -173,27 +169,12 @@ def forward_blocks(
 Layer = Callable[[jax.Array, tuple[Params, Params]], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 
 
-def make_layer(mc: ModelConfig, positions: jax.Array, mask: jax.Array) -> Layer:
+def make_layer(mc: ModelConfig, positions: jax.Array, attention: Attention) -> Layer:
     """One layer for a scan over (`params["layers"]`, `layer_differences`): x [B, T, D] -> x, and its keys and values [B, T, K, H].
 
     Args:
-      positions: int32 [B, T]. mask: what a query sees where no window narrows it, boolean [B, T, T].
+      positions: int32 [B, T]. attention: of this model over these rows (`backends.registry.make_attention`).
     """
-    length, (window, *windows) = mask.shape[-1], set(mc.layer_windows)
-    if window and not windows:
-        mask = mask & window_mask(length, window)
-
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None) -> jax.Array:
-        seen = mask if own is None else mask & window_mask(length, own)
-        return attend(q, k, v, seen, scale=mc.attn_scale, softcap=mc.attn_softcap)
-
-    return _layer(mc, positions, attention)
-
-
-def _layer(
-    mc: ModelConfig, positions: jax.Array, attention: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-) -> Layer:
-    """`attention`: rotated q, k, v and the layer's own window, where layers differ in it -> attended, shaped like q."""
     (rope, *ropes) = set(mc.layer_ropes)
     tables = () if ropes else rope_tables(positions, rope_divisors(rope, mc.head_dim))
 

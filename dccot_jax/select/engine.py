@@ -30,6 +30,7 @@ from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, head
+from dccot_jax.model.backends.choice import choose
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import BATCH, activation_spec, make_mesh, reshard
 from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
@@ -151,7 +152,9 @@ def check_tokenizer(student: Artifact, tokens: Artifact) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: str, vectors: tuple[str, ...] = ()) -> Program:
+def make_program(
+    mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: str, vectors: tuple[str, ...] = (), attention: str = "xla"
+) -> Program:
     """The jitted function (params, {view: arrays of `view_arrays`}) -> [B, S + V D] float32; call it under a mesh.
 
     S scores, then the V `vectors` of hidden size D one after the other. One compilation per bucket, kept for later
@@ -159,6 +162,7 @@ def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: st
     """
     needs = required_stats(signals)
     views = required_views(signals, vectors)
+    settings: Any = {"compute_dtype": compute_dtype, "remat": "none", "attention": attention, "packed": False}
 
     def score_row(stats: Any, mask: Any) -> jax.Array:
         return jnp.stack([signal.fn(stats, mask) for signal in signals])
@@ -168,7 +172,7 @@ def make_program(mc: ModelConfig, signals: tuple[Signal, ...], compute_dtype: st
         stats, found = {}, []
         for view in views:
             x = arrays[view]
-            hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], compute_dtype=compute_dtype, remat="none")
+            hidden = decoder.forward(params, mc, x["tokens"], x["segment_ids"], x["positions"], **settings)
             if view in needs:
                 scored = head.gather_positions(hidden, x["index"])
                 stats[view] = head.token_stats(params, mc, scored, x["labels"], want=needs[view])
@@ -312,7 +316,10 @@ def score_forward(
     tile_tokens = TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
     about: Any = (student.mc, mesh, rows, signals, vectors, context, tile_tokens, cfg.compute_dtype)
     packs = cfg.score.layout == "packed" and program is None
-    work = _packed(*about) if packs else _bucketed(*about, program=program)
+    if packs:
+        work = _packed(*about)
+    else:
+        work = _bucketed(*about, program=program or _program(cfg, student.mc, signals, vectors, ctx))
     tiles = work.tiles
     chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
     names = [signal.name for signal in signals]
@@ -366,6 +373,14 @@ class _Work:
     facts: Mapping[str, Any]
 
 
+def _program(cfg: ConfigDict, mc: ModelConfig, signals: tuple[Signal, ...], vectors: tuple[str, ...], ctx: Context) -> Program:
+    """`make_program` with the attention backend that the config alone decides: a score must not depend on which other rows are there."""
+    attention, remark = choose(cfg.attention, mc, cfg.tokens.max_length, cfg.compute_dtype, packed=False)
+    if remark:
+        ctx.log(f"  {remark}")
+    return make_program(mc, signals, cfg.compute_dtype, vectors, attention)
+
+
 def _bucketed(
     mc: ModelConfig,
     mesh: Mesh,
@@ -375,11 +390,10 @@ def _bucketed(
     context: Sequence[int],
     tile_tokens: int,
     compute_dtype: str,
-    program: Program | None = None,
+    program: Program,
 ) -> _Work:
     views = required_views(signals, vectors)
     tiles = plan_tiles(rows, len(context), shards=_shards(mesh), tile_tokens=tile_tokens)
-    program = program or make_program(mc, signals, compute_dtype, vectors)
 
     def score(params: Any, chosen: Sequence[Tile], in_flight: int) -> Iterator[tuple[list[int], np.ndarray]]:
         return score_tiles(program, params, mesh, rows, chosen, views, context, in_flight=in_flight)

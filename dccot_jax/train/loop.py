@@ -36,6 +36,7 @@ from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, copy_tree,
 from dccot_jax.config import ConfigError, config_slice, to_plain
 from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource, batches
+from dccot_jax.model.backends.choice import choose
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.processes import Watchdog
@@ -75,6 +76,7 @@ def run(
 
     Raises:
       ConfigError: rows longer than the model's positions, or rows of a step that do not split over the devices.
+      AttentionError: the attention backend asked for cannot be used here.
       Stopped: a process was asked to stop; the checkpoint of the last step is on disk.
       CheckpointError: the directory holds a training of another plan, student or config, or a checkpoint cannot be written.
       NonFiniteError: more than ``train.max_skipped`` steps in a row were not finite; the message names the traces.
@@ -100,6 +102,12 @@ def run(
 
     # --- mesh, optimizer, state ----------------------------------------------------------------------------------------
     mesh = make_mesh(to_plain(cfg.mesh), devices)
+    attention, remark = choose(cfg.attention, mc, row_tokens, cfg.compute_dtype, packed=True)
+    if distill is not None:
+        theirs, other = choose(cfg.attention, distill.teacher, row_tokens, cfg.compute_dtype, packed=True)
+        distill, remark = distill._replace(attention=theirs), remark or other
+    if remark:
+        ctx.log(f"  {remark}")
     optimizer = make_optimizer(cfg.train)
     keep, keep_best = cfg.train.keep_checkpoints, cfg.train.keep_best
     checkpoints = TrainCheckpoints(out.file(CHECKPOINTS), owner, keep=keep, keep_best=keep_best, log=ctx.log)
@@ -130,10 +138,12 @@ def run(
         # --- compile ---------------------------------------------------------------------------------------------------
         started = time.monotonic()
         sizes, drop_seed = (steps, rows_per_step, row_tokens), adapters.dropout_seed(cfg.seed)
-        train_step = _compile(mc, mesh, canonical_json(to_plain(cfg.train)), cfg.compute_dtype, sizes, drop_seed, distill, voting)
+        train_step = _compile(
+            mc, mesh, canonical_json(to_plain(cfg.train)), cfg.compute_dtype, attention, sizes, drop_seed, distill, voting
+        )
         ctx.log(
             f"  {mc.num_params():,} parameters on {mesh.devices.size} device(s), {steps:,} steps of {rows_per_step} × {row_tokens} tokens; "
-            f"compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
+            f"attention {attention}; compiled in {time.monotonic() - started:.1f} s{_memory(train_step)}"
         )
 
         # --- loop ------------------------------------------------------------------------------------------------------
@@ -295,6 +305,7 @@ def _compile(
     mesh: jax.sharding.Mesh,
     train: str,
     compute_dtype: str,
+    attention: str,
     sizes: tuple[int, int, int],
     seed: int,
     distill: Distillation | None,
@@ -303,7 +314,8 @@ def _compile(
     """The compiled step; arms that differ only in their data share it.
 
     Args:
-      train: the config's ``train`` group as JSON. sizes: steps, rows per step, tokens per row. seed: of the adapters' dropout.
+      train: the config's ``train`` group as JSON. attention: the backend.
+      sizes: steps, rows per step, tokens per row. seed: of the adapters' dropout.
       voting: the batch carries the processes' votes to stop (`train.votes`).
     """
     group, (steps, rows, tokens) = ConfigDict(json.loads(train)), sizes
@@ -312,7 +324,7 @@ def _compile(
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed, distill=distill)
+    step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed, attention=attention, distill=distill)
     if voting:
         step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}
     with jax.set_mesh(mesh):

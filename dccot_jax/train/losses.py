@@ -45,6 +45,7 @@ class Distillation(NamedTuple):
     beta: float
     temperature: float
     weight: float
+    attention: str = "xla"  # the teacher's backend
 
 
 def distillation(teacher: ModelConfig, distill: Any) -> Distillation:
@@ -61,6 +62,7 @@ def weighted_loss(
     compute_dtype: Any = jnp.float32,
     remat: str = "nothing_saveable",
     dropout_key: jax.Array | None = None,
+    attention: str = "xla",
     distill: Distillation | None = None,
     teacher: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -73,16 +75,18 @@ def weighted_loss(
       compute_dtype: dtype of activations; the head's logits and the loss are float32 in any case.
       remat: what the backward pass recomputes: ``nothing_saveable``, ``dots`` or ``none``.
       dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
+      attention: backend, one of `model.backends.registry.BACKENDS`.
       teacher: parameters of `distill.teacher`.
 
     Returns:
       (sum, weight), float32 scalars; the sum is in nats.
     """
     places = (batch["tokens"], batch["segment_ids"], batch["positions"])
-    hidden = decoder.forward(params, mc, *places, compute_dtype=compute_dtype, remat=remat, dropout_key=dropout_key)
+    hidden = decoder.forward(params, mc, *places, compute_dtype=compute_dtype, remat=remat, dropout_key=dropout_key, attention=attention)
     if distill is None:
         return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
-    theirs = jax.lax.stop_gradient(decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none"))
+    theirs = decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none", attention=distill.attention)
+    theirs = jax.lax.stop_gradient(theirs)
     total, weight = weighted_divergence(
         params, mc, hidden, teacher, distill.teacher, theirs, batch["weights"], beta=distill.beta, temperature=distill.temperature
     )

@@ -88,6 +88,7 @@ def loss_and_grads(
     remat: str,
     constants: Mapping[str, Any] = MappingProxyType({}),
     dropout_key: jax.Array | None = None,
+    attention: str = "xla",
     distill: Distillation | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The sum of the loss, Σ w, and the sum's gradient with respect to `params` (not yet divided), over all micro-batches.
@@ -97,7 +98,7 @@ def loss_and_grads(
 
     def loss_sum(p: Any, rows: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         whole = join(p, constants.get("frozen"))
-        settings: Any = {"compute_dtype": compute_dtype, "remat": remat, "dropout_key": key}
+        settings: Any = {"compute_dtype": compute_dtype, "remat": remat, "dropout_key": key, "attention": attention}
         return weighted_loss(whole, mc, rows, **settings, distill=distill, teacher=constants.get("teacher"))
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
@@ -124,6 +125,7 @@ def make_train_step(
     *,
     steps: int,
     seed: int = 0,
+    attention: str = "xla",
     distill: Distillation | None = None,
 ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]:
     """The jitted step. Call it (and lower it) under ``jax.set_mesh(mesh)``.
@@ -132,6 +134,7 @@ def make_train_step(
       mc, mesh: model and mesh. train: the config's ``train`` group. compute_dtype: dtype of activations.
       steps: steps of the whole training; the learning-rate schedule ends there.
       seed: of the adapters' dropout; what is dropped is a function of it and of the step number.
+      attention: backend, one of `model.backends.registry.BACKENDS`.
       distill: what is learned from a teacher, whose parameters are in the state then.
 
     Returns:
@@ -162,6 +165,7 @@ def make_train_step(
             microbatches=train.microbatches,
             compute_dtype=compute_dtype,
             remat=train.remat,
+            attention=attention,
             constants=constants,
             distill=distill,
             dropout_key=jax.random.fold_in(jax.random.key(seed), state["step"]) if drops else None,

@@ -1,0 +1,1 @@
+"""Attention backends: one meaning, several kernels; see `registry`."""
