@@ -13,18 +13,13 @@ Without `--student`, or with `--shape 25m`, a random model of 25 million paramet
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import os
-import platform
 import random
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +27,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from common import SVAMP, Peer, finish, machine, make_rows, mixed_pairs, peer_python, plain, random_student, read  # noqa: E402
+
 SIGNALS = ("nll", "entropy", "ifd_loss", "ifd_ppl")
-QUESTION = "{}\nSolve step by step and end with 'The answer is <number>'."
-TEACHERS = (("ChatGPT", 6), ("gemini", 6), ("llama", 4))
-SVAMP = [f"svamp/eit/SVAMP_{name}_level{level}_ranked.json.gz" for name, levels in TEACHERS for level in range(1, levels + 1)]
-GSM8K = [f"gsm8k/eit/gsm8k_{name}_level{level}_ranked.json.gz" for name in ("gemini", "llama") for level in (1, 2)]
 GOALS = {
     "ratio_batched_float32": 1.0,
     "ratio_batched_bfloat16": 1.3,
@@ -46,34 +39,9 @@ GOALS = {
     "ratio_shared_bfloat16": 2.0,
 }
 SAME = 1e-4  # nats: how far float32 scores may lie from the peer's
-SHAPE_25M = {  # 25 million parameters, half of them the embedding of the student's vocabulary
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-}
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------------
-
-
-def mixed_pairs(data: Path, count: int) -> list[tuple[str, str]]:
-    """(question, trace), one per question, evenly from all files."""
-    files = [*SVAMP, *GSM8K * 4]
-    chosen, asked = [], set()
-    for n in range(count):
-        rows = read(data / files[n % len(files)])
-        pick = random.Random(n)
-        row = pick.choice(rows)
-        while row["instruction"] in asked:
-            row = pick.choice(rows)
-        asked.add(row["instruction"])
-        chosen.append((row["instruction"], row["output"]))
-    return chosen
 
 
 def shared_pairs(data: Path, questions: int) -> list[tuple[str, str]]:
@@ -84,31 +52,6 @@ def shared_pairs(data: Path, questions: int) -> list[tuple[str, str]]:
     return [(tables[0][key]["instruction"], table[key]["output"]) for key in chosen for table in tables]
 
 
-def read(path: Path, cache: dict[Path, Any] = {}) -> list[dict[str, str]]:  # noqa: B006
-    if path not in cache:
-        with gzip.open(path, "rt") as file:
-            cache[path] = json.load(file)
-    return cache[path]
-
-
-def plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-def make_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-    import numpy as np
-
-    from dccot_jax.data.template import render_many
-    from dccot_jax.select.views import Row
-
-    rendered = render_many(tokenizer, [(QUESTION.format(question), trace) for question, trace in pairs])
-    return [
-        Row(f"{n:05d}", np.asarray(row.input_ids, np.int32), row.prompt_tokens)
-        for n, row in enumerate(rendered)
-        if not isinstance(row, Exception)
-    ]
-
-
 def save_rows(path: Path, rows: Sequence[Any], context: Sequence[int]) -> Path:
     found = [{"input_ids": row.input_ids.tolist(), "prompt_tokens": row.prompt_tokens} for row in rows]
     path.write_text(json.dumps({"context": list(context), "rows": found}))
@@ -116,29 +59,6 @@ def save_rows(path: Path, rows: Sequence[Any], context: Sequence[int]) -> Path:
 
 
 # --- the two sides --------------------------------------------------------------------------------------------------------
-
-
-class Peer:
-    """The torch worker; it sleeps while the other side is timed."""
-
-    def __init__(self, python: str):
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [python, str(HERE / "peers" / "score_torch.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the peer died on {request}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.wait()
 
 
 class Ours:
@@ -176,17 +96,6 @@ class Ours:
         for index, values in packed.score_bins(program, self.params, self.mesh, rows, reading, tiles, in_flight=4):
             scores[index] = values[:, self.columns]
         return time.perf_counter() - started, scores
-
-
-def peer_python(given: str | None, cache: Path) -> str:
-    """An interpreter with torch and transformers: the given one, or that of a virtual environment with the extra `bench`."""
-    if given:
-        return given
-    python = cache / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
-        venv.create(cache, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", f"{HERE.parent}[bench]"], check=True)
-    return str(python)
 
 
 # --- measurements ---------------------------------------------------------------------------------------------------------
@@ -270,23 +179,6 @@ def synthetic(count: int) -> None:
     print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024, "grown_mb": (peak - before) / 1024, "tokens_mb": buffer.nbytes / 2**20}))
 
 
-def random_student(folder: Path, python: str) -> Path:
-    """A random model of 25 million parameters in the Hugging Face layout, made by the peer's transformers."""
-    code = (
-        "import sys, json, torch, transformers; torch.manual_seed(0);"
-        "transformers.LlamaForCausalLM(transformers.LlamaConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
-    )
-    subprocess.run([python, "-c", code, json.dumps(SHAPE_25M), str(folder)], check=True, capture_output=True)
-    return folder
-
-
-def machine() -> dict[str, Any]:
-    import jax
-
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, default=Path("~/.cache/dccot_jax/smollm2-135m-instruct").expanduser())
@@ -321,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         files = {name: save_rows(Path(folder) / f"{name}.json", chosen, context) for name, chosen in rows.items()}
         student = args.student if args.shape == "student" else random_student(Path(folder) / "25m", python)
-        peer = Peer(python)
+        peer = Peer(python, "score_torch.py")
         for dtype in args.dtypes:
             result["detail"]["peer"] = peer.ask(do="load", model=str(student), dtype=dtype)
             found = compare(Ours(student, dtype), peer, files, rows, context, args)
@@ -342,8 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result["ratio_linear_in_rows"] = 1 / scaled["seconds_per_row_ratio"]
         result["goals"]["ratio_linear_in_rows"] = 0.95
     show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    finish(result, args.json)
     return result
 
 
@@ -359,8 +250,6 @@ def show(result: dict[str, Any]) -> None:
         for count, run in result["detail"]["scaling"]["runs"].items():
             memory = f"peak {run['peak_mb']:.0f} MB, of that tokens {run['tokens_mb']:.0f} MB"
             print(f"{count:>8s} synthetic rows: {run['seconds']:.2f} s, {memory}")
-    for name, goal in result["goals"].items():
-        print(f"{name:28s} {result[name]:6.2f}  goal {goal:4.2f}  {'met' if result[name] >= goal else 'NOT MET'}")
 
 
 if __name__ == "__main__":
