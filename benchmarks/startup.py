@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import SHAPE_25M, SHAPE_135M, finish, machine  # noqa: E402
+from common import SHAPE_25M, SHAPE_135M, finish, machine
 
 GOAL = 0.34
 PHASES = ("trace", "lower", "compile")

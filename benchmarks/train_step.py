@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Peer, finish, machine, make_rows, mixed_pairs, peer_python, random_student  # noqa: E402
+from common import Peer, finish, machine, make_rows, mixed_pairs, peer_python, random_student
 
 GOALS = {("trl", "float32"): 1.0, ("trl", "bfloat16"): 1.2, ("tunix", "float32"): 1.2, ("tunix", "bfloat16"): 1.2}
 SETTINGS = {"rows_per_step": 8, "learning_rate": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0}
@@ -74,7 +74,7 @@ class Ours:
             jax.block_until_ready(state)
             ends.append(time.perf_counter())
         losses = [metrics["loss"][0] / metrics["loss"][1] for metrics in found]
-        return {"seconds": [b - a for a, b in zip(ends, ends[1:])], "losses": losses}
+        return {"seconds": [b - a for a, b in itertools.pairwise(ends)], "losses": losses}
 
 
 def train_group(batch: int, remat: str) -> Any:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.config import Rope
-from dccot_jax.model.linear import contract
+from dccot_jax.model.linear import contract, dot
 from dccot_jax.model.sharding import activation_spec, explicit_mesh
 
 NEGATIVE = -1e30  # finite, so that a fully masked (padding) row gives no NaN
@@ -76,10 +78,70 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float = 0.0) -> jax.Array:
-    """q [B, T, K, G, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, K, G, H]; scores and softmax in float32."""
-    scores = soft_cap(contract("btkgh,bskh->bkgts", q, k) * scale, softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1)
-    return contract("bkgts,bskh->btkgh", weights.astype(q.dtype), v, dtype=q.dtype)
+    """q [B, T, K, G, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, K, G, H]; scores and softmax in float32.
+
+    Where T = S the mask must be causal: keys behind a block of queries are not looked at.
+    """
+    batch, length, heads, groups, width = q.shape
+    keys = k.shape[1]
+    count = _query_blocks(length) if length == keys else 1
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    found = []
+    for first in range(0, length, length // count):
+        last = first + length // count
+        seen = last if length == keys else keys
+        # The operands in the layout of the products, the queries of a key's heads one after the other.
+        mine = q[:, first:last].transpose(0, 2, 3, 1, 4).reshape(batch, heads, -1, width)
+        out = _attend(scale, softcap, mine, k[:, :, :seen], v[:, :, :seen], mask[:, first:last, :seen])
+        found.append(out.reshape(batch, heads, groups, -1, width).transpose(0, 3, 1, 2, 4))
+    return found[0] if count == 1 else jnp.concatenate(found, axis=1)
+
+
+def _query_blocks(length: int) -> int:
+    """Of at least 128 queries, at most eight: a causal mask hides 7/16 of the keys from eight."""
+    return next((count for count in (8, 4, 2) if length % count == 0 and length // count >= 128), 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B, K, G*T, H], k and v [B, K, S, H], mask [B, T, S] -> like q; the backward pass computes the scores anew."""
+    return _attend_forward(scale, softcap, q, k, v, mask)[0]
+
+
+def _scores(scale: float, softcap: float, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """Capped and masked scores, float32 [B, K, G, T, S]."""
+    z = soft_cap(dot("bkqh,bksh->bkqs", q, k, None) * scale, softcap)
+    return jnp.where(mask[:, None, None], z.reshape(*z.shape[:2], -1, *mask.shape[1:]), NEGATIVE)
+
+
+def _attend_forward(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+    z = _scores(scale, softcap, q, k, mask)
+    top = jnp.max(z, axis=-1, keepdims=True)
+    exps = jnp.exp(z - top)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    weights = (exps / total).astype(q.dtype).reshape(*q.shape[:3], -1)
+    out = dot("bkqs,bksh->bkqh", weights, v, None).astype(q.dtype)
+    return out, (q, k, v, mask, out, top + jnp.log(total))
+
+
+def _attend_backward(scale: float, softcap: float, saved: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+    """With weights P = softmax(Z): dZ = P * (dP - sum(dO * O)), dP = dO V^T (arXiv 2205.14135, appendix B.2)."""
+    q, k, v, mask, out, log_sum = saved
+    g = g.astype(q.dtype)
+    z = _scores(scale, softcap, q, k, mask)
+    weights = jnp.exp(z - log_sum)
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).reshape(log_sum.shape)
+    of_z = weights * (dot("bkqh,bksh->bkqs", g, v, None).reshape(z.shape) - inner)
+    if softcap:
+        of_z = of_z * jnp.where(mask[:, None, None], 1.0 - (z / softcap) ** 2, 0.0)
+    of_z = (of_z * scale).astype(q.dtype).reshape(*q.shape[:3], -1)
+    of_q = dot("bkqs,bksh->bkqh", of_z, k, None)
+    of_k = dot("bkqs,bkqh->bksh", of_z, q, None)
+    of_v = dot("bkqs,bkqh->bksh", weights.astype(q.dtype).reshape(of_z.shape), g, None)
+    return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def block_bias(positions: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """The output head: no [B, T, V] array exists, in training or in scoring.
 
 Training (`weighted_nll`) goes over chunks of positions; each sees the full vocabulary, and its body is under
-`jax.checkpoint`, so the backward pass recomputes the logits. Scoring (`token_stats`) also goes over blocks of the
+`jax.checkpoint`, so the backward pass recomputes the logits; on a CPU it goes over trained positions and blocks of the vocabulary
+(`model/compact_head.py`). Scoring (`token_stats`) also goes over blocks of the
 vocabulary and keeps running sums (`model/running.py`): a block's logits are few enough to stay in a CPU's cache through all
 passes over them. A caller that scores few positions gathers their hidden states first (`gather_positions`).
 """
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dccot_jax.model import running
+from dccot_jax.model import compact_head, running
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract
@@ -96,14 +97,22 @@ def weighted_nll(
 
     Args:
       hidden: [B, T, D]. labels: int [B, T], already shifted. weights: float [B, T], 0 where nothing is predicted.
+      chunk: positions per chunk, of the whole vocabulary each; None picks the way and the size by device.
     """
+    weights = weights.astype(jnp.float32)
+    if chunk is None and jax.default_backend() == "cpu" and _devices("tensor") == 1:
+        name = "embed" if mc.tie_embeddings else "head"
+        arrays = (params[name], hidden, labels, weights)
+        if explicit_mesh() is not None:
+            arrays = tuple(reshard(x, P(*(None,) * x.ndim)) for x in map(jnp.asarray, arrays))
+        about = compact_head.Head(mc.tie_embeddings, mc.final_softcap, _block_size(mc.vocab_size, compact_head.TOKENS))
+        return compact_head.nll_sum(about, *arrays), jnp.sum(weights)
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, y, w = chunk
         logp = _label_logp(logits(params, mc, h), y)
         return total - jnp.sum(jnp.where(w != 0, logp * w, 0.0)), None
 
-    weights = weights.astype(jnp.float32)
     total, _ = scan_chunks(mc, body, jnp.zeros((), jnp.float32), hidden, (labels, weights), chunk)
     return total, jnp.sum(weights)
 
