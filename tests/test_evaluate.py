@@ -41,7 +41,9 @@ class FakeSampler:
     def __init__(self, tokenizer: Any, answers: dict[tuple[int, ...], str]):
         self.tokenizer, self.answers, self.asked, self.rows = tokenizer, answers, [], []
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, row_ids: list[int], on_batch: Any) -> list[Generated]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, *, row_ids: list[int], entropy: bool = False, on_batch: Any
+    ) -> list[Generated]:
         self.rows += row_ids
         if sum(self.asked) + len(prompts) > self.fail_after:
             raise KeyboardInterrupt

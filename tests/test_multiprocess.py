@@ -54,7 +54,7 @@ def _worker(folder: Path, index: int, port: int) -> None:
     source = PlanSource.from_artifacts(inputs["plan"], inputs["tokenize"], rows=rows)
     batch = to_global(source[0], on, rows, cfg.train.rows_per_step)
     sizes = (4, cfg.train.rows_per_step, cfg.train.row_tokens)
-    step = loop._compile(TINY, on, canonical_json(to_plain(cfg.train)), "float32", sizes, 0, None, True)
+    step = loop._compile(TINY, on, canonical_json(to_plain(cfg.train)), "float32", "xla", sizes, 0, None, True)
     with jax.set_mesh(on):
         state = init_state(params_on(TINY, on), make_optimizer(cfg.train), on)
         held = {

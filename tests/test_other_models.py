@@ -243,7 +243,6 @@ def test_another_tokenizer_is_refused_before_any_work(base_dir, tmp_path):
             {"score__signals": ("less", "s2l"), "score__over_time__snapshots": 3, "train__optimizer": "adamw"},
             ["score.gradients.checkpoints: 4 and config.score.over_time.snapshots: 3", "the same number"],
         ),
-        ({"score__signals": ("s2l",), "train__lora__rank": 2, "train__lora__targets": ("q_proj",)}, ["train.lora", "over_time.snapshots"]),
         ({"score__signals": ("forgetting",), "score__over_time__learned": 0.0}, ["score.over_time.learned: 0.0", "(0, 1]"]),
         ({"score__signals": ("rho", "s2l"), "select__steps": ({"name": "top", "signal": "s2l", "rows": 5},)}, ["s2l"]),
     ],

@@ -133,7 +133,7 @@ def score(
         samples, facts = _answers(cfg, "samples", asked, 1, ask_greedy, sampler, tokenizer, student.stop_ids, out, ctx)
         judged = [sample for sample in samples if sample["correct"] is not None]
         columns["student_error"] = {row: float(not sample["correct"]) for sample in judged for row in sample["trace_ids"]}
-        columns["student_entropy"] = {row: sample.get("entropy") for sample in samples for row in sample["trace_ids"]}
+        columns["student_entropy"] = {row: sample.get("entropy", math.nan) for sample in samples for row in sample["trace_ids"]}
         facts["student_error_rate"] = round(sum(not sample["correct"] for sample in judged) / max(len(judged), 1), 4)
         dropped += _bad_gold(samples)
     if "pass_rate" in names:
