@@ -22,6 +22,7 @@ from dccot_jax.report.build import build_report
 from dccot_jax.report.pools import read_pool
 from dccot_jax.report.recipes import shorten
 from dccot_jax.report.selection import selection
+from dccot_jax.select.agreement import agreement
 from dccot_jax.select.passes import declared_passes
 from dccot_jax.select.signals import signal_names
 
@@ -224,6 +225,22 @@ def test_page_escapes_texts_and_names_and_describes_figures(run: Run):
     assert "Overlap of the kept sets" in text and "Rank correlations" in text and "2 forward" in text and "not_in_top" in text
     assert (run.root / "report" / "plots" / "signals_0_teacher.svg").exists() and (run.root / "report" / "plots" / "scores_0.svg").exists()
     assert json.loads((run.root / "report" / "results.json").read_text())["selection"]["recipes"][0]["arms"] == ["a"]
+
+
+def test_page_shows_what_judges_said_and_how_far_they_agree(run: Run):
+    strict = {str(i): {"coherence": 1 + i % 3, "clarity": 5} for i in range(6)}
+    mild = {str(i): {"coherence": 1 + i % 3 + (i == 5), "clarity": 5} for i in range(6)}
+    pair = {"judges": ["strict", "mild"], **agreement(strict, mild, criteria=("coherence", "clarity"), thresholds=(3,))}
+    about = {"rows": 7, "verdicts": 6, "no_verdict_replies": {"judge_malformed": 4}, "rows_without_verdict": {"judge_malformed": 1}}
+    silent = {"rows": 7, "verdicts": 0, "no_verdict_replies": {}, "rows_without_verdict": {"judge_error": 7}, "mean": {}}
+    judged = {"strict": about | {"mean": {"coherence": 2.0, "clarity": 5.0}}, "mild": about | {"mean": {"coherence": 2.25, "clarity": 5.0}}}
+    facts = {"judged": {"judge": {"judges": {"mute": silent} | judged, "agreement": [pair]}}}
+    table = pa.table({"id": run.ids[:6], "judge": np.arange(6, dtype=np.float32)})
+    run.artifacts["score"] = made(run.store, "score", "j", {"scores": table}, facts={"signals": ["judge"]} | facts, rows_in=7, rows_out=6)
+    text = page_of(run, [run.arm("a", run.select("top", [1, 2], (TOP | {"signal": "judge"},)))])
+    assert "What judges said" in text and "over the 6 rows that both graded" in text and "7 judge_error" in text
+    assert f"<td>{pair['criteria']['coherence']['kappa']:#.4g}</td>" in text and "<td>83.3</td>" in text and "<td>2.25</td>" in text
+    assert "keep a row at a mean grade of 3: " in text
 
 
 def test_page_without_scores_or_selection(tmp_path: Path):
