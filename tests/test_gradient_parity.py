@@ -14,9 +14,9 @@ from test_model import random_params
 
 from dccot_jax.model import hf
 from dccot_jax.model.sharding import make_mesh
-from dccot_jax.select.engine import score_tiles
+from dccot_jax.select.gradients.layout import measure_streams, plan_streams
 from dccot_jax.select.gradients.subset import weight_names
-from dccot_jax.select.views import Row, plan_tiles
+from dccot_jax.select.views import Row
 
 pytestmark = pytest.mark.parity
 
@@ -32,7 +32,7 @@ def test_norms_equal_torch_in_float64(name: str, tmp_path: Path):
     rng = np.random.default_rng(0)
     sizes = [(20, 12), (30, 30), (3, 55)]
     rows = [Row(f"{i}", rng.integers(0, mc.vocab_size, p + c).astype(np.int32), p) for i, (p, c) in enumerate(sizes)]
-    tiles = plan_tiles(rows, 0, shards=1, tile_tokens=256)
+    tiles = plan_streams(rows, shards=1, tile_tokens=256)
     expected = []
     for row in rows:
         model.zero_grad()
@@ -42,7 +42,7 @@ def test_norms_equal_torch_in_float64(name: str, tmp_path: Path):
         expected.append([float(np.linalg.norm((grads["layers"] | grads)[weight])) for weight in weight_names(mc)])
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     _, params = hf.load_hf(tmp_path, mesh)
-    for index, squares in score_tiles(squares_program(mc), params, mesh, rows, tiles, ("conditional",), (), in_flight=1):
+    for index, squares in measure_streams(squares_program(mc), params, mesh, rows, tiles, in_flight=1):
         for i, found in zip(index, squares):
             whole = np.linalg.norm(expected[i])
             np.testing.assert_allclose(np.sqrt(found), expected[i], rtol=0, atol=1e-5 * whole)

@@ -16,10 +16,11 @@ from training_cases import TINY, UNTIED, host_params
 from dccot_jax.config import ConfigError
 from dccot_jax.model.lora import with_adapters
 from dccot_jax.model.sharding import make_mesh, param_shardings
-from dccot_jax.select.engine import score_tiles
 from dccot_jax.select.gradients import norms
+from dccot_jax.select.gradients.layout import measure_streams, plan_streams, stream_arrays
+from dccot_jax.select.gradients.rows import by_stream
 from dccot_jax.select.gradients.subset import choose, weight_names
-from dccot_jax.select.views import Row, plan_tiles, view_arrays
+from dccot_jax.select.views import Row
 from dccot_jax.train.checkpoint import abstract_params
 
 # Every kind of weight: norms of heads and after blocks, scales 1 + w, scaled embeddings, a cap on the logits; biases, adapters.
@@ -42,9 +43,9 @@ def run_tiles(mc, program, rows, *, devices=1, mesh=None, tile_tokens=256, in_fl
     """[N, K] in the order of `rows`."""
     on = make_mesh(mesh or {"fsdp": -1}, jax.devices()[:devices])
     placed = jax.device_put(host_params(mc), param_shardings(mc, on))
-    tiles = plan_tiles(rows, 0, shards=on.shape["data"] * on.shape["fsdp"], tile_tokens=tile_tokens)
+    tiles = plan_streams(rows, shards=on.shape["data"] * on.shape["fsdp"], tile_tokens=tile_tokens)
     found: dict[int, np.ndarray] = {}
-    for index, values in score_tiles(program, placed, on, rows, tiles, ("conditional",), (), in_flight=in_flight):
+    for index, values in measure_streams(program, placed, on, rows, tiles, in_flight=in_flight):
         found.update(zip(index, values))
     return np.stack([found[i] for i in range(len(rows))])
 
@@ -54,9 +55,9 @@ def squares_program(mc):
     """Squared norms [B, weights], one column per weight: a wrong one could hide behind the others in one norm over all of them."""
 
     @jax.jit
-    def program(params, views):
-        found = norms.weight_squares(params, mc, views["conditional"], weight_names(mc), compute_dtype="float32", remat="nothing_saveable")
-        return jnp.stack([found[name] for name in weight_names(mc)], axis=1)
+    def program(params, x):
+        found = norms.weight_squares(params, mc, x, weight_names(mc), compute_dtype="float32", remat="nothing_saveable")
+        return by_stream(jnp.stack([found[name] for name in weight_names(mc)], axis=1), x)
 
     return program
 
@@ -157,12 +158,12 @@ def test_no_gradient_of_all_rows_is_ever_held():
     """The program's temporary memory stays far below rows x parameters."""
     mc = dataclasses.replace(TINY, hidden_size=64, intermediate_size=256, num_layers=12)
     rows = make_rows(8)
-    [tile] = plan_tiles(rows, 0, shards=1, tile_tokens=256)
-    arrays = view_arrays("conditional", rows, tile, ())
+    [tile] = plan_streams(rows, shards=1, tile_tokens=256)
+    arrays = stream_arrays(rows, tile)
     on = make_mesh({"fsdp": 1}, jax.devices()[:1])
     with jax.set_mesh(on):
         program = norms.make_ghost(mc, weight_names(mc), "float32", "nothing_saveable")
-        stats = program.lower(abstract_params(mc, on), {"conditional": arrays}).compile().memory_analysis()
+        stats = program.lower(abstract_params(mc, on), arrays).compile().memory_analysis()
     assert stats.temp_size_in_bytes < 0.5 * len(rows) * 4 * mc.num_params()
 
 

@@ -14,12 +14,11 @@ from test_grand import BIASED, TIED, make_rows
 from training_cases import host_params
 
 from dccot_jax.model.sharding import make_mesh, param_shardings
-from dccot_jax.select.engine import score_tiles
 from dccot_jax.select.gradients import features
 from dccot_jax.select.gradients.features import Adam, Projection, make_features
 from dccot_jax.select.gradients.influence import influence, most_influenced, subtask_directions, unit
+from dccot_jax.select.gradients.layout import measure_streams, plan_streams, stream_arrays
 from dccot_jax.select.gradients.projection import BLOCK, block, project, weight_key
-from dccot_jax.select.views import plan_tiles, view_arrays
 from dccot_jax.train.checkpoint import abstract_params
 
 ADAM = Adam(b1=0.9, b2=0.95, eps=1e-8)
@@ -83,9 +82,9 @@ def run_tiles(mc, program, rows, *, adam=True, devices=1, mesh=None, in_flight=1
     mu, nu = moments(mc)
     trees = {"params": host_params(mc)} | ({"mu": mu, "nu": nu} if adam else {})
     state = {name: jax.device_put(tree, shardings) for name, tree in trees.items()}
-    tiles = plan_tiles(rows, 0, shards=on.shape["data"] * on.shape["fsdp"], tile_tokens=256)
+    tiles = plan_streams(rows, shards=on.shape["data"] * on.shape["fsdp"], tile_tokens=256)
     found: dict[int, np.ndarray] = {}
-    for index, values in score_tiles(program, state, on, rows, tiles, ("conditional",), (), in_flight=in_flight):
+    for index, values in measure_streams(program, state, on, rows, tiles, in_flight=in_flight):
         found.update(zip(index, values))
     return np.stack([found[i] for i in range(len(rows))])
 
@@ -127,12 +126,12 @@ def test_neither_gradients_of_all_rows_nor_the_projection_are_held():
     """The program's temporary memory stays far below rows x parameters, and below the parameters x dim of the projection."""
     mc = dataclasses.replace(BIASED, hidden_size=64, intermediate_size=256, num_layers=12)
     rows, projection = make_rows(8), Projection(256, 0, "rademacher")
-    [tile] = plan_tiles(rows, 0, shards=1, tile_tokens=256)
+    [tile] = plan_streams(rows, shards=1, tile_tokens=256)
     on = make_mesh({"fsdp": 1}, jax.devices()[:1])
     with jax.set_mesh(on):
         program = make_features(mc, ("w_gate", "w_up", "w_down"), projection, ADAM, "float32", "nothing_saveable")
         state = dict.fromkeys(("params", "mu", "nu"), abstract_params(mc, on))
-        stats = program.lower(state, {"conditional": view_arrays("conditional", rows, tile, ())}).compile().memory_analysis()
+        stats = program.lower(state, stream_arrays(rows, tile)).compile().memory_analysis()
     assert stats.temp_size_in_bytes < 0.5 * len(rows) * 4 * mc.num_params()
     assert stats.temp_size_in_bytes < 0.1 * 4 * mc.num_params() * projection.dim
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from dccot_jax.model.config import Rope
 from dccot_jax.model.linear import contract, dot
 from dccot_jax.model.sharding import activation_spec, explicit_mesh
+from dccot_jax.model.streams import Rows, to_rows, to_stream
 
 NEGATIVE = -1e30  # finite, so that a fully masked (padding) row gives no NaN
 
@@ -142,6 +143,21 @@ def _attend_backward(scale: float, softcap: float, saved: Any, g: jax.Array) -> 
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, window: int | jax.Array | None, *, scale: float, softcap: float = 0.0
+) -> jax.Array:
+    """Attention within each row of streams: q [B, N, K, G, H], k and v [B, N, K, H] -> like q.
+
+    A row's padding is behind its end, where the causal mask hides it. `window`: how far back a query sees; None: all the way.
+    """
+    length = rows.index.shape[-1]
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    if window is not None:
+        mask = mask & window_mask(length, window)
+    q, k, v = (to_rows(x, rows) for x in (q, k, v))
+    return to_stream(attend(q, k, v, mask[None], scale=scale, softcap=softcap), rows)
 
 
 def block_bias(positions: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:

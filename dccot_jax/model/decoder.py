@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dccot_jax.model.attention import attend_blocks, block_bias, rope_divisors, rope_tables, rotate
+from dccot_jax.model.attention import attend_blocks, attend_rows, block_bias, rope_divisors, rope_tables, rotate
 from dccot_jax.model.backends.meaning import NO_WINDOW, Attention
 from dccot_jax.model.backends.registry import make_attention
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.lora import DROPOUT, delta
 from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
-from dccot_jax.model.taps import Nudged, per_row
+from dccot_jax.model.streams import Rows
+from dccot_jax.model.taps import Nudged, attach, per_row
 
 Params = dict[str, Any]
 
@@ -105,7 +106,16 @@ def forward(
     rows = tokens.shape[0]
     tokens, segment_ids, positions = (reshard(x, activation_spec(rows, None)) for x in (tokens, segment_ids, positions))
     x = embed(params, mc, tokens, compute_dtype)
+    differs = layer_differences(mc)
+    if dropout_key is not None:
+        differs[DROPOUT] = jax.random.split(dropout_key, mc.num_layers)
     whole_layer = make_layer(mc, positions, make_attention(attention, mc, segment_ids, packed=packed))
+    x = _scan_layers(whole_layer, x, (params["layers"], differs), remat)
+    return rms_norm(x, params["final_norm"], mc)
+
+
+def _scan_layers(whole_layer: Layer, x: jax.Array, layers: tuple[Params, Params], remat: str) -> jax.Array:
+    """x after all layers, which keep for the backward pass what `remat` says; keys and values are dropped."""
 
     def layer(x: jax.Array, own: tuple[Params, Params]) -> tuple[jax.Array, None]:
         return whole_layer(x, own)[0], None
@@ -114,11 +124,7 @@ def forward(
         raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     if remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    differs = layer_differences(mc)
-    if dropout_key is not None:
-        differs[DROPOUT] = jax.random.split(dropout_key, mc.num_layers)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], differs))
-    return rms_norm(x, params["final_norm"], mc)
+    return jax.lax.scan(layer, x, layers)[0]
 
 
 def layer_differences(mc: ModelConfig) -> dict[str, jax.Array]:
@@ -164,6 +170,39 @@ def forward_blocks(
     x = embed(params, mc, tokens, compute_dtype)
     x, _ = jax.lax.scan(lambda x, own: (layer(x, own)[0], None), x, (params["layers"], layer_differences(mc)))
     return rms_norm(x, params["final_norm"], mc)
+
+
+def forward_rows(
+    params: Params,
+    mc: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    rows: Rows,
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "nothing_saveable",
+) -> jax.Array:
+    """Hidden states after the final norm of streams that hold whole rows, each attending to itself; weights may be tapped.
+
+    Args:
+      tokens, positions: int32 [B, N]. rows: where the rows stand, see `model/streams.py`. compute_dtype, remat: as for `forward`.
+
+    Returns:
+      [B, N, D] in the compute dtype; values at padding are meaningless and finite.
+    """
+    count = tokens.shape[0]
+    tokens, positions = (reshard(x, activation_spec(count, None)) for x in (tokens, positions))
+    rows = Rows(*(reshard(x, activation_spec(count, *(None,) * (x.ndim - 1))) for x in rows))
+    (window, *windows) = set(mc.layer_windows)
+    uniform = None if windows else window or None
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array | None) -> jax.Array:
+        return attend_rows(q, k, v, rows, uniform if own is None else own, scale=mc.attn_scale, softcap=mc.attn_softcap)
+
+    plain = make_layer(mc, positions, attention)
+    x = embed(params, mc, tokens, compute_dtype)
+    x = _scan_layers(lambda x, own: plain(x, (attach(own[0], rows), own[1])), x, (params["layers"], layer_differences(mc)), remat)
+    return rms_norm(x, attach(params, rows)["final_norm"], mc)
 
 
 Layer = Callable[[jax.Array, tuple[Params, Params]], tuple[jax.Array, tuple[jax.Array, jax.Array]]]

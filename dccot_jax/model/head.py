@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from dccot_jax.model import compact_head, running
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.linear import contract
+from dccot_jax.model.linear import contract, dot
 from dccot_jax.model.running import STATS
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
 
@@ -74,9 +74,11 @@ def token_stats(
         zero = reshard(jnp.zeros(y.shape, jnp.float32), activation_spec(batch, None))
         own = None
         if "label_rank" in want:  # ranks need the labels' logits first, and exactly as they are compared
-            own, _ = jax.lax.scan(lambda total, i: (total + running.label_logit(*block_logits(h, i), y), None), zero, jnp.arange(blocks))
+            own, _ = jax.lax.scan(
+                lambda total, i: (total + running.label_logit(*block_logits(h, i)[:2], y), None), zero, jnp.arange(blocks)
+            )
         state, _ = jax.lax.scan(
-            lambda state, i: (running.absorb(state, *block_logits(h, i), y, own), None), running.start(zero, want), jnp.arange(blocks)
+            lambda state, i: (running.absorb(state, *block_logits(h, i)[:2], y, own), None), running.start(zero, want), jnp.arange(blocks)
         )
         return carry, running.finish(state, want)
 
@@ -117,6 +119,51 @@ def weighted_nll(
     return total, jnp.sum(weights)
 
 
+def nll_error(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Gradient of sum of weight · -log p(label) with respect to `hidden` [B, T, D], in its dtype; see `weighted_nll`.
+
+    Logits are made twice, a block of the vocabulary at a time: for the normaliser, and for the error.
+    """
+    block_logits, size, blocks = _vocabulary_blocks(params, mc, hidden, None)
+    batch = len(labels)
+    subscripts = "bcsv,svd->bcd" if mc.tie_embeddings else "bcsv,dsv->bcd"
+
+    def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        h, y, w = chunk
+        zero = reshard(jnp.zeros(y.shape, jnp.float32), activation_spec(batch, None))
+
+        def absorb(state: running.State, i: jax.Array) -> tuple[running.State, None]:
+            z, ids, _ = block_logits(h, i)
+            return running.absorb(state, z, ids, y, None), None
+
+        state, _ = jax.lax.scan(absorb, running.start(zero, ()), jnp.arange(blocks))
+        normaliser = state["max"] + jnp.log(state["sum"])
+
+        def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            z, ids, part = block_logits(h, i)
+            over = (..., None, None)
+            error = logit_error(z, ids == y[over], normaliser[over], w[over], mc.final_softcap)
+            return total + dot(subscripts, error.astype(h.dtype), part, activation_spec(batch, None, None)), None
+
+        total, _ = jax.lax.scan(add, jnp.zeros(h.shape, jnp.float32, out_sharding=activation_spec(batch, None, None)), jnp.arange(blocks))
+        return carry, total.astype(h.dtype)
+
+    chunk = max(16, _block_sizes()[0] * _devices() // (batch * size))
+    _, errors = scan_chunks(mc, body, None, hidden, (labels, weights.astype(jnp.float32)), chunk)
+    errors = jnp.moveaxis(errors, 0, 1).reshape(batch, -1, hidden.shape[2])[:, : hidden.shape[1]]
+    return reshard(errors, activation_spec(batch, None, None))
+
+
+def logit_error(z: jax.Array, hit: jax.Array, normaliser: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
+    """d loss / d logit before the cap, w (softmax(z) - onehot(y)) (1 - (z / cap)^2), of capped logits z.
+
+    Args:
+      hit: where the label is, shaped like z. normaliser: log sum exp(z). weights: w; both broadcast against z.
+    """
+    error = weights * (jnp.exp(z - normaliser) - hit)
+    return error * (1.0 - jnp.square(jnp.maximum(z, -cap) / cap)) if cap else error
+
+
 def gather_positions(hidden: jax.Array, index: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] at positions index [B, M] -> [B, M, D]; indices past the end read the last position."""
     rows = hidden.shape[0]
@@ -135,8 +182,8 @@ def _label_logp(z: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _vocabulary_blocks(
     params: dict[str, Any], mc: ModelConfig, hidden: jax.Array, block: int | None
-) -> tuple[Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], int, int]:
-    """A function (h [B, C, D], number of a block) -> (logits [B, C, S, v], token ids [S, v]), v, and the number of blocks.
+) -> tuple[Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]], int, int]:
+    """A function (h [B, C, D], number of a block) -> (logits [B, C, S, v], token ids [S, v], block of the table), v, number of blocks.
 
     The vocabulary is spread over S = devices of the `tensor` axis; a block takes v tokens from each.
     """
@@ -154,11 +201,11 @@ def _vocabulary_blocks(
         shape, spec, at, subscripts = (mc.hidden_size, shards, -1, size), P(None, axis, None, None), 2, "bcd,dsv->bcsv"
     table = table.reshape(shape) if use is None else jnp.reshape(table, shape, out_sharding=spec)
 
-    def block_logits(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block_logits(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         part = jax.lax.dynamic_index_in_dim(table, i, at, keepdims=False)
         z = contract(subscripts, h, part, out=activation_spec(h.shape[0], None, axis, None))
         ids = local * jnp.arange(shards)[:, None] + i * size + jnp.arange(size)
-        return soft_cap(z, mc.final_softcap), ids
+        return soft_cap(z, mc.final_softcap), ids, part
 
     return block_logits, size, local // size
 

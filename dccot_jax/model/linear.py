@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.sharding import explicit_mesh, reshard
+from dccot_jax.model.streams import Rows, to_rows
 from dccot_jax.model.taps import Measure, Tapped
 
 SAVED = "linear_out"  # name of the values that the remat policy "dots" keeps
@@ -30,7 +31,7 @@ def linear(x: jax.Array, w: jax.Array | Tapped, *, use: P | None = None, out: P 
       use: spec of w at the point of use, or None outside a mesh. out: spec of the result.
     """
     if isinstance(w, Tapped):
-        return checkpoint_name(_tapped(use, out, w.measure, x, w.weight, w.probe, w.aux), SAVED)
+        return checkpoint_name(_tapped(use, out, w.measure, x, w.weight, w.probe, w.aux, w.rows), SAVED)
     return checkpoint_name(contract("btd,df->btf", x, w, use=use, out=out, dtype=x.dtype), SAVED)
 
 
@@ -67,21 +68,23 @@ _contract.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tapped(use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any) -> jax.Array:
+def _tapped(
+    use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any, rows: Rows
+) -> jax.Array:
     return dot("btd,df->btf", x, reshard(w.astype(x.dtype), use), out).astype(x.dtype)
 
 
 def _tapped_forward(
-    use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any
+    use: P | None, out: P | None, measure: Measure, x: jax.Array, w: jax.Array, probe: jax.Array, aux: Any, rows: Rows
 ) -> tuple[jax.Array, Any]:
-    return _tapped(use, out, measure, x, w, probe, aux), (x, w, aux)
+    return _tapped(use, out, measure, x, w, probe, aux, rows), (x, w, aux, rows)
 
 
 def _tapped_backward(use: P | None, out: P | None, measure: Measure, saved: Any, g: jax.Array) -> tuple[Any, ...]:
-    x, w, aux = saved
+    x, w, aux, rows = saved
     g = g.astype(x.dtype)
     dx = dot("btf,df->btd", g, reshard(w.astype(x.dtype), use), _spec_of(x))
-    return dx.astype(x.dtype), None, measure.product(x, g, aux), None
+    return dx.astype(x.dtype), None, measure.product(to_rows(x, rows), to_rows(g, rows), aux), None, None
 
 
 _tapped.defvjp(_tapped_forward, _tapped_backward)

@@ -17,8 +17,9 @@ from dccot_jax.chunks import committed, drop_other_layouts, read_committed
 from dccot_jax.context import Context
 from dccot_jax.model.sharding import BATCH
 from dccot_jax.records import content_hash
-from dccot_jax.select.engine import Program, score_tiles
-from dccot_jax.select.views import Row, Tile, chunk_tiles, plan_tiles
+from dccot_jax.select.dispatch import Program
+from dccot_jax.select.gradients.layout import Streams, measure_streams, plan_streams
+from dccot_jax.select.views import Row, chunk_tiles
 
 VALUE = "value"
 # Tokens of one tile per device: every row of a tile costs memory for its own gradient of one weight.
@@ -32,7 +33,7 @@ class Pass:
 
     name: str
     rows: Sequence[Row]
-    tiles: Sequence[Tile]
+    tiles: Sequence[Streams]
     chunks: Sequence[range]
     series: Sequence[str]
     done: Sequence[bool]
@@ -46,10 +47,10 @@ class Pass:
 def plan_pass(name: str, rows: Sequence[Row], cfg: ConfigDict, mesh: Mesh, out: ArtifactWriter, ctx: Context) -> Pass:
     """Cut rows into tiles and chunks and see which are committed; chunks of `name` under another layout are discarded."""
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-    tiles = plan_tiles(rows, 0, shards=shards, tile_tokens=TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR))
+    tiles = plan_streams(rows, shards=shards, tile_tokens=TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR))
     chunks = chunk_tiles(tiles, cfg.score.chunk_rows)
     layout = content_hash(
-        "gradients/1", [[rows[i].id for i in tile.rows] for tile in tiles], [chunk.stop for chunk in chunks], ctx.process_count
+        "gradients/2", [[rows[i].id for i in tile.rows] for tile in tiles], [chunk.stop for chunk in chunks], ctx.process_count
     )[:12]
     drop_other_layouts(out, ctx, f"{name}-", layout)
     series = [f"{name}-{layout}-p{process}" for process in range(ctx.process_count)]
@@ -66,9 +67,7 @@ def run_pass(
             program, state = make()
             todo = [index for index, done in enumerate(plan.done) if not done]
             tiles = [plan.tiles[t] for index in todo for t in plan.chunks[index]]
-            results = score_tiles(
-                program, state, mesh, plan.rows, tiles, ("conditional",), (), in_flight=max(1, min(2, cfg.score.batch_tiles))
-            )
+            results = measure_streams(program, state, mesh, plan.rows, tiles, in_flight=max(1, min(2, cfg.score.batch_tiles)))
             for index in todo:
                 parts = []
                 for t in plan.chunks[index]:

@@ -25,7 +25,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import dot
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard
 from dccot_jax.select.gradients.projection import BLOCK, project, weight_key
-from dccot_jax.select.gradients.rows import Arrays, backward
+from dccot_jax.select.gradients.rows import Arrays, backward, by_stream
 
 _SLAB_ELEMENTS = 1 << 23  # gradient numbers held at a time, over the rows of one device: 32 MiB
 
@@ -103,15 +103,15 @@ class Feature:
 @functools.lru_cache(maxsize=8)
 def make_features(
     mc: ModelConfig, names: tuple[str, ...], projection: Projection, adam: Adam | None, compute_dtype: str, remat: str
-) -> Callable[[Any, Mapping[str, Arrays]], jax.Array]:
-    """The jitted function (state, {"conditional": arrays of `view_arrays`}) -> features [B, dim] float32; call it under a mesh.
+) -> Callable[[Any, Arrays], jax.Array]:
+    """The jitted function (state, arrays of `layout.stream_arrays`) -> features [B, S, dim] float32; call it under a mesh.
 
     `state` is {"params"} and, with `adam`, {"mu", "nu"}: trees laid out as the parameters. `names`: weights that count, in the
     layers or the last norm.
     """
 
     @jax.jit
-    def program(state: Any, views: Mapping[str, Arrays]) -> jax.Array:
+    def program(state: Any, x: Arrays) -> jax.Array:
         def aux(name: str) -> dict[str, jax.Array]:
             inside = name in state["params"]["layers"]
             layer = jnp.arange(mc.num_layers, dtype=jnp.int32) if inside else jnp.zeros((), jnp.int32)
@@ -119,12 +119,12 @@ def make_features(
             return {"layer": layer} | {side: (state[side]["layers"] if inside else state[side])[name] for side in sides}
 
         measures = {name: (Feature(name, projection, adam), aux(name)) for name in names}
-        found = backward(state["params"], mc, views["conditional"], measures, compute_dtype=compute_dtype, remat=remat)
+        found = backward(state["params"], mc, x, measures, compute_dtype=compute_dtype, remat=remat)
         parts = [jnp.sum(report, axis=0) if report.ndim == 3 else report for report in found.reports.values()]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return total / math.sqrt(projection.dim)
+        return by_stream(total / math.sqrt(projection.dim), x)
 
     return program
 

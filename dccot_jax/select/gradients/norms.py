@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +25,14 @@ from jax import P
 
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.head import logit_error
 from dccot_jax.model.linear import dot
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard
-from dccot_jax.select.gradients.rows import Arrays, Backward, backward, row_losses
+from dccot_jax.select.gradients.rows import Arrays, Backward, backward, by_stream, padded_rows, row_losses
 from dccot_jax.select.gradients.subset import TABLES
 
 _CHUNK_ELEMENTS = 1 << 24  # float32 logits of one chunk of the vocabulary, over all rows: 64 MiB
-Program = Callable[[Any, Mapping[str, Arrays]], jax.Array]
+Program = Callable[[Any, Arrays], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +52,15 @@ class SquaredNorm:
 
 @functools.lru_cache(maxsize=8)
 def make_ghost(mc: ModelConfig, names: tuple[str, ...], compute_dtype: str, remat: str) -> Program:
-    """The jitted function (params, {"conditional": arrays of `view_arrays`}) -> gradient norms [B, 1]; call it under a mesh.
+    """The jitted function (params, arrays of `layout.stream_arrays`) -> gradient norms [B, S, 1]; call it under a mesh.
 
     `names`: weights that count, of `subset.weight_names`.
     """
 
     @jax.jit
-    def program(params: Any, views: Mapping[str, Arrays]) -> jax.Array:
-        squares = weight_squares(params, mc, views["conditional"], names, compute_dtype=compute_dtype, remat=remat)
-        return jnp.sqrt(jnp.maximum(functools.reduce(jnp.add, squares.values()), 0.0))[:, None]
+    def program(params: Any, x: Arrays) -> jax.Array:
+        squares = weight_squares(params, mc, x, names, compute_dtype=compute_dtype, remat=remat)
+        return by_stream(jnp.sqrt(jnp.maximum(functools.reduce(jnp.add, squares.values()), 0.0))[:, None], x)
 
     return program
 
@@ -67,18 +68,18 @@ def make_ghost(mc: ModelConfig, names: tuple[str, ...], compute_dtype: str, rema
 def weight_squares(
     params: Any, mc: ModelConfig, x: Arrays, names: Sequence[str], *, compute_dtype: str, remat: str
 ) -> dict[str, jax.Array]:
-    """{weight: squared norm of each row's gradient, [B] float32, over all layers} by the ghost form; one backward pass."""
+    """{weight: squared norm of each row's gradient, [R] float32, over all layers} by the ghost form; one backward pass."""
     measures = {name: (SquaredNorm(), ()) for name in names if name not in TABLES}
     found = backward(params, mc, x, measures, compute_dtype=compute_dtype, remat=remat)
     squares = {name: jnp.sum(report[..., 0], axis=0) if report.ndim == 3 else report[:, 0] for name, report in found.reports.items()}
     if "embed" in names:
-        squares["embed"] = _lookup_norms(x["tokens"], found.rows_error)
+        squares["embed"] = _lookup_norms(found.tokens, found.rows_error)
     name = "embed" if mc.tie_embeddings else "head"
     if name in names:
         table = _whole(params["embed"] if mc.tie_embeddings else params["head"].T)
         normaliser = _log_normaliser(table, found.hidden, mc.final_softcap)
-        own = _head_norms(table, found.hidden, normaliser, x["labels"], found.weights, mc.final_softcap)
-        squares[name] = squares[name] + own + 2 * _both_ends(table, x, found, normaliser, mc.final_softcap) if mc.tie_embeddings else own
+        own = _head_norms(table, found.hidden, normaliser, found.labels, found.weights, mc.final_softcap)
+        squares[name] = squares[name] + own + 2 * _both_ends(table, found, normaliser, mc.final_softcap) if mc.tie_embeddings else own
     return squares
 
 
@@ -87,7 +88,7 @@ def make_exact(mc: ModelConfig, names: tuple[str, ...], compute_dtype: str, rema
     """As `make_ghost`, by one full gradient per row; every device works on every row."""
 
     @jax.jit
-    def program(params: Any, views: Mapping[str, Arrays]) -> jax.Array:
+    def program(params: Any, x: Arrays) -> jax.Array:
         chosen = {name: weight for name, weight in params.items() if name in names}
         layers = {name: weight for name, weight in params["layers"].items() if name in names}
 
@@ -99,9 +100,10 @@ def make_exact(mc: ModelConfig, names: tuple[str, ...], compute_dtype: str, rema
             grads = jax.grad(loss)((chosen, layers), {name: value[None] for name, value in row.items()})
             return jnp.sqrt(sum(jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in jax.tree.leaves(grads)))
 
-        x = views["conditional"]
-        whole = x if explicit_mesh() is None else {name: jax.reshard(value, P(*(None,) * value.ndim)) for name, value in x.items()}
-        return jax.lax.map(norm, whole)[:, None]
+        rows = padded_rows(x)
+        if explicit_mesh() is not None:
+            rows = {name: jax.reshard(value, P(None, None)) for name, value in rows.items()}
+        return by_stream(jax.lax.map(norm, rows)[:, None], x)
 
     return program
 
@@ -141,7 +143,7 @@ def _log_normaliser(table: jax.Array, hidden: jax.Array, cap: float) -> jax.Arra
 
 
 def _head_norms(table: jax.Array, hidden: jax.Array, normaliser: jax.Array, labels: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
-    """|| sum_c d_c h_c^T ||^2 per row, over chunks of the vocabulary, [B]; d_c = d loss / d (h_c W^T), see `_logit_error`.
+    """|| sum_c d_c h_c^T ||^2 per row, over chunks of the vocabulary, [B]; d_c = d loss / d (h_c W^T), see `head.logit_error`.
 
     Args:
       table: W [V, D]. hidden: h, [B, C, D]. normaliser: [B, C]. labels: [B, C]. weights: float32 [B, C]. cap: of the logits, or 0.
@@ -152,7 +154,7 @@ def _head_norms(table: jax.Array, hidden: jax.Array, normaliser: jax.Array, labe
 
     def error(chunk: jax.Array, start: jax.Array) -> jax.Array:
         z = _chunk_logits(table, hidden, chunk, start, cap)
-        return _logit_error(z, start + jnp.arange(len(chunk)) == labels[..., None], normaliser, weights, cap)
+        return logit_error(z, start + jnp.arange(len(chunk)) == labels[..., None], normaliser[..., None], weights[..., None], cap)
 
     def by_pairs(carry: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         d_v = error(*part)
@@ -168,23 +170,13 @@ def _head_norms(table: jax.Array, hidden: jax.Array, normaliser: jax.Array, labe
     return jnp.sum(pairs * dot("bcd,bsd->bcs", wide, wide, spec), axis=(1, 2))
 
 
-def _both_ends(table: jax.Array, x: Arrays, found: Backward, normaliser: jax.Array, cap: float) -> jax.Array:
+def _both_ends(table: jax.Array, found: Backward, normaliser: jax.Array, cap: float) -> jax.Array:
     """Inner product of a tied table's two gradients per row: sum over t, c of d_c[token_t] <h_c, e_t>, [B]; d as in `_head_norms`."""
-    spec = activation_spec(len(x["tokens"]), None, None)
-    looked_up = table[x["tokens"]] if spec is None else table.at[x["tokens"]].get(out_sharding=spec)
+    spec = activation_spec(len(found.tokens), None, None)
+    looked_up = table[found.tokens] if spec is None else table.at[found.tokens].get(out_sharding=spec)
     z = soft_cap(dot("bcd,btd->bct", found.hidden, looked_up.astype(found.hidden.dtype), spec), cap)
-    error = _logit_error(z, x["tokens"][:, None, :] == x["labels"][:, :, None], normaliser, found.weights, cap)
+    error = logit_error(z, found.tokens[:, None, :] == found.labels[:, :, None], normaliser[..., None], found.weights[..., None], cap)
     return jnp.sum(error * dot("bcd,btd->bct", found.hidden.astype(jnp.float32), found.rows_error, spec), axis=(1, 2))
-
-
-def _logit_error(z: jax.Array, hit: jax.Array, normaliser: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
-    """d loss / d logit before the cap, w (softmax(z) - onehot(y)) (1 - (z / cap)^2), of capped logits z [B, C, n].
-
-    Args:
-      hit: where the label is, [B, C, n]. normaliser, weights: [B, C].
-    """
-    error = weights[..., None] * (jnp.exp(z - normaliser[..., None]) - hit)
-    return error * (1.0 - jnp.square(jnp.maximum(z, -cap) / cap)) if cap else error
 
 
 def _chunk_logits(table: jax.Array, hidden: jax.Array, chunk: jax.Array, start: jax.Array, cap: float) -> jax.Array:
