@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 
@@ -27,13 +28,14 @@ _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 # The layers are scanned, so what a layer sends stands in the program once for the forward and once for the backward pass:
 # its matrices are gathered once in each, their gradients are summed once, and with a tensor axis two sums of activations go
-# forward, two again where the backward pass recomputes, and the rest are sums of cotangents. The backend may gather the table
-# again instead of keeping it: from one to three times.
+# forward, two again where the backward pass recomputes, and the rest are sums of cotangents. Along fsdp every gradient of a matrix
+# is scattered, along data its share is summed. The head (here the table) is gathered once for all its chunks, and its gradient
+# scattered once; to look tokens up the table is not gathered at all: tokens are, and [B, T, D] is exchanged.
 EXPECTED = {
-    (8, 1, 1): {"layer gathers": 0, "layer sums": MATRICES, "activation sums": 0, "table gathers": {0}},
-    (1, 8, 1): {"layer gathers": 2 * MATRICES, "layer sums": MATRICES, "activation sums": 0, "table gathers": {1, 3}},
-    (2, 2, 2): {"layer gathers": 2 * MATRICES, "layer sums": 2 * MATRICES, "activation sums": 10, "table gathers": {1, 3}},
-    (1, 2, 4): {"layer gathers": 2 * MATRICES, "layer sums": MATRICES, "activation sums": 10, "table gathers": {1, 3}},
+    (8, 1, 1): {"layer gathers": 0, "layer scatters": 0, "layer sums": MATRICES, "activation sums": 0, "head gathers": 0},
+    (1, 8, 1): {"layer gathers": 2 * MATRICES, "layer scatters": MATRICES, "layer sums": 0, "activation sums": 0, "head gathers": 1},
+    (2, 2, 2): {"layer gathers": 2 * MATRICES, "layer scatters": MATRICES, "layer sums": MATRICES, "activation sums": 9, "head gathers": 1},
+    (1, 2, 4): {"layer gathers": 2 * MATRICES, "layer scatters": MATRICES, "layer sums": 0, "activation sums": 9, "head gathers": 1},
 }
 
 
@@ -63,20 +65,35 @@ def test_collectives_by_kind_and_count(sizes):
     sent = _sent(compiled.as_text())
     expected = EXPECTED[sizes]
     table = {MC.vocab_size // tensor, MC.vocab_size}
+    group, rows = (ROWS // data, TOKENS), ROWS // (data * fsdp)  # tokens that a group of fsdp looks up together
 
     def count(kind, wanted):
         return sum(n for (name, shape), n in sent.items() if name == kind and wanted(shape))
 
-    assert {kind for kind, _ in sent} <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert count("all-gather", lambda shape: len(shape) == 2 and not table & set(shape)) == expected["layer gathers"]
-    assert count("all-gather", lambda shape: bool(table & set(shape)) and len(shape) == 2) in expected["table gathers"]
+    def of_layer(shape):
+        return len(shape) == 2 and not table & set(shape) and TOKENS not in shape
+
+    def of_table(shape):
+        return len(shape) == 2 and bool(table & set(shape))
+
+    assert {kind for kind, _ in sent} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
     # Nothing gathers a stack of layers, an activation or a moment: a gather gives one layer's matrix, whole but for its tensor axis.
-    assert count("all-gather", lambda shape: len(shape) != 2) == 0
-    sums = [shape for (kind, shape), n in sent.items() if kind != "all-gather" for _ in range(n)]
-    assert sum(len(shape) == 2 and not table & set(shape) and TOKENS not in shape for shape in sums) == expected["layer sums"]
-    activation = (ROWS // (data * fsdp), TOKENS, MC.hidden_size)
-    assert sum(shape == activation for shape in sums) == expected["activation sums"]
-    assert all(shape == activation for shape in sums if len(shape) == 3)
+    assert count("all-gather", of_layer) == expected["layer gathers"]
+    assert count("all-gather", of_table) == expected["head gathers"]
+    assert count("all-gather", lambda shape: not of_layer(shape) and not of_table(shape) and shape != group) == 0
+    assert count("reduce-scatter", of_layer) == expected["layer scatters"]
+    assert count("all-reduce", of_layer) == expected["layer sums"]
+    assert count("reduce-scatter", of_table) == (fsdp > 1)
+    # Of the table's gradients, by look-up and by head, every device sums its own columns with the replicas.
+    own = (MC.vocab_size // tensor, MC.hidden_size // fsdp)
+    assert count("all-reduce", of_table) == count("all-reduce", lambda shape: shape == own) == (2 if data > 1 else 0)
+    activation, looked_up = (rows, TOKENS, MC.hidden_size), (ROWS // data, TOKENS, MC.hidden_size // fsdp)
+    assert count("all-reduce", lambda shape: shape == activation) == expected["activation sums"]
+    assert count("all-reduce", lambda shape: shape == looked_up) == (tensor > 1)
+    assert all(shape in (activation, looked_up) for (kind, shape) in sent if kind in ("all-reduce", "reduce-scatter") and len(shape) == 3)
+    # The look-up's rows change places within a group, forward and backward.
+    moved = sum(n * math.prod(shape) for (kind, shape), n in sent.items() if kind == "all-to-all")
+    assert moved == (2 * math.prod(activation) if fsdp > 1 else 0)
 
     # Parameters and moments come out as they went in: gradients kept the parameters' sharding.
     shardings = jax.tree.leaves(compiled.output_shardings[0])

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.attention import attend_blocks, attend_rows, block_bias, rope_divisors, rope_tables, rotate
 from dccot_jax.model.backends.meaning import NO_WINDOW, Attention
@@ -229,12 +230,21 @@ def make_layer(mc: ModelConfig, positions: jax.Array, attention: Attention) -> L
 
 
 def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any) -> jax.Array:
-    """Rows of the embedding table: tokens [B, T] -> [B, T, D]; some families scale them by sqrt(D), rounded to the compute dtype."""
+    """Rows of the embedding table: tokens [B, T] -> [B, T, D]; some families scale them by sqrt(D), rounded to the compute dtype.
+
+    The table stays where it is stored: every device looks up its own columns of D for all rows of its fsdp group, and what is
+    exchanged is [B, T, D].
+    """
     table, nudge = (params["embed"].weight, params["embed"].nudge) if isinstance(params["embed"], Nudged) else (params["embed"], None)
-    table = reshard(table, use_spec(mc, "embed"))
     spec = activation_spec(tokens.shape[0], None, None)
-    rows = table[tokens] if spec is None else table.at[tokens].get(out_sharding=spec)
-    rows = (rows if nudge is None else rows + nudge).astype(compute_dtype)
+    if spec is None:
+        rows = table[tokens].astype(compute_dtype)
+    else:
+        columns = jax.typeof(table).sharding.spec[1]
+        group = tuple(axis for axis in spec[0] or () if axis != columns) or None
+        tokens = reshard(tokens, P(group, None))
+        rows = reshard(table.at[tokens].get(out_sharding=P(group, None, columns)).astype(compute_dtype), spec)
+    rows = rows if nudge is None else (rows + nudge).astype(compute_dtype)
     return rows * jnp.asarray(mc.hidden_size**0.5, compute_dtype) if mc.arch.embed_scale else rows
 
 

@@ -58,11 +58,13 @@ def weighted_divergence(
     Raises ModelError if the two vocabularies differ in size.
     """
     check_vocabularies(mc, teacher_mc)
+    student_logits, hidden = head.open_head(params, mc, hidden)
+    teacher_logits, teacher_hidden = head.open_head(teacher, teacher_mc, teacher_hidden)
 
     def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         own, theirs, w = part
-        log_q = jax.nn.log_softmax(head.logits(params, mc, own) / temperature)
-        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(head.logits(teacher, teacher_mc, theirs) / temperature))
+        log_q = jax.nn.log_softmax(student_logits(own) / temperature)
+        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(teacher_logits(theirs) / temperature))
         return total + jnp.sum(jnp.where(w != 0, divergence(log_p, log_q, beta) * w, 0.0)), None
 
     weights = weights.astype(jnp.float32)
@@ -89,9 +91,11 @@ def weighted_topk_divergence(
       weights: float [B, T], 0 where nothing is predicted. chunk: positions per chunk; None picks one by size.
     """
 
+    read, hidden = head.open_head(params, mc, hidden)
+
     def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         own, i, theirs, w = part
-        log_q = jax.nn.log_softmax(head.logits(params, mc, own))
+        log_q = jax.nn.log_softmax(read(own))
         log_q = reshard(log_q, activation_spec(log_q.shape[0], None, None))  # tokens are picked from the whole vocabulary
         picked = jax.vmap(jax.vmap(lambda row, index: row[index]))(log_q, i)
         value = divergence(_with_rest(theirs), _with_rest(picked), beta)

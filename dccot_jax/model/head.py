@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from dccot_jax.model import compact_head, running
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.linear import contract, dot
+from dccot_jax.model.linear import contract, contract_once, dot, gather_once
 from dccot_jax.model.running import STATS
 from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
 
@@ -32,12 +32,23 @@ _BLOCKS_ACCELERATOR = (1 << 25, 8192)
 
 def logits(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [B, C, V] of hidden states [B, C, D], soft-capped where the model says so; for a few positions at a time."""
+    read, hidden = open_head(params, mc, hidden)
+    return read(hidden)
+
+
+def open_head(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """`logits` as a function of chunks of hidden states, and the hidden states [B, T, D] to cut: the head is gathered once for all."""
     name = "embed" if mc.tie_embeddings else "head"
     use = use_spec(mc, name)
     vocab = None if use is None else use[0 if mc.tie_embeddings else 1]
     subscripts = "bcd,vd->bcv" if mc.tie_embeddings else "bcd,dv->bcv"
-    z = contract(subscripts, hidden, params[name], use=use, out=activation_spec(hidden.shape[0], None, vocab))
-    return soft_cap(z, mc.final_softcap)
+    once, hidden = gather_once(params[name], hidden, use)
+
+    def read(part: jax.Array) -> jax.Array:
+        z = contract_once(subscripts, part, once, out=activation_spec(part.shape[0], None, vocab))
+        return soft_cap(z, mc.final_softcap)
+
+    return read, hidden
 
 
 def token_stats(
@@ -110,9 +121,11 @@ def weighted_nll(
         about = compact_head.Head(mc.tie_embeddings, mc.final_softcap, _block_size(mc.vocab_size, compact_head.TOKENS))
         return compact_head.nll_sum(about, *arrays), jnp.sum(weights)
 
+    read, hidden = open_head(params, mc, hidden)
+
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, y, w = chunk
-        logp = _label_logp(logits(params, mc, h), y)
+        logp = _label_logp(read(h), y)
         return total - jnp.sum(jnp.where(w != 0, logp * w, 0.0)), None
 
     total, _ = scan_chunks(mc, body, jnp.zeros((), jnp.float32), hidden, (labels, weights), chunk)
