@@ -241,7 +241,8 @@ def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any
         rows = table[tokens].astype(compute_dtype)
     else:
         columns = jax.typeof(table).sharding.spec[1]
-        group = tuple(axis for axis in spec[0] or () if axis != columns) or None
+        names = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+        group = tuple(axis for axis in names if axis != columns) or None
         tokens = reshard(tokens, P(group, None))
         rows = reshard(table.at[tokens].get(out_sharding=P(group, None, columns)).astype(compute_dtype), spec)
     rows = rows if nudge is None else (rows + nudge).astype(compute_dtype)
