@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_model import TIED, UNTIED, random_params
 
+from dccot_jax.model import compact_head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.head import STATS, gather_positions, token_stats, weighted_nll
 from dccot_jax.model.sharding import make_mesh, param_shardings
@@ -45,12 +46,12 @@ def test_chunked_equals_full(mc: ModelConfig):
     def full(p, h):
         return -jnp.sum(full_head(p, mc, h, labels)[0] * weights)
 
-    value, grads = jax.jit(jax.value_and_grad(lambda p, h: chunked(p, h, 8), argnums=(0, 1)))(params, hidden)
     expected, expected_grads = jax.jit(jax.value_and_grad(full, argnums=(0, 1)))(params, hidden)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
+    for chunk in (8, None):
+        value, grads = jax.jit(jax.value_and_grad(lambda p, h, chunk=chunk: chunked(p, h, chunk), argnums=(0, 1)))(params, hidden)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
     assert weighted_nll(params, mc, hidden, labels, weights)[1] == pytest.approx(weights.sum(), rel=1e-6)
-    assert chunked(params, hidden, None) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("mc", [TIED, UNTIED, CAPPED], ids=["tied", "untied", "capped"])
@@ -134,3 +135,23 @@ def test_unknown_statistic_is_named():
     hidden, labels, _ = inputs(TIED)
     with pytest.raises(ValueError, match="perplexity"):
         token_stats(random_params(TIED), TIED, hidden, labels, want=("perplexity",))
+
+
+@pytest.mark.parametrize("tied, cap, trained", [(True, 0.0, 0.6), (False, 2.0, 0.3), (True, 0.0, 0.0), (True, 0.0, 1.0)])
+def test_compact_head_over_several_blocks_and_chunks(tied: bool, cap: float, trained: float):
+    """The vocabulary in three blocks, 262 positions in chunks of 128, none to all of them trained."""
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((90, 8) if tied else (8, 90)).astype(np.float32)
+    hidden = rng.standard_normal((2, 131, 8)).astype(np.float32)
+    labels, drawn = rng.integers(0, 90, (2, 131)), rng.random((2, 131))
+    weights = (rng.uniform(0.5, 2.0, (2, 131)) * (drawn < trained)).astype(np.float32)
+
+    def full(table, hidden):
+        z = hidden @ (table.T if tied else table)
+        logp = jax.nn.log_softmax(cap * jnp.tanh(z / cap) if cap else z)
+        return -jnp.sum(jnp.take_along_axis(logp, labels[..., None], -1)[..., 0] * weights)
+
+    about = compact_head.Head(tied, cap, 30)
+    found = jax.jit(jax.value_and_grad(lambda t, h: 3.0 * compact_head.nll_sum(about, t, h, labels, weights), (0, 1)))(table, hidden)
+    expected = jax.jit(jax.value_and_grad(lambda t, h: 3.0 * full(t, h), (0, 1)))(table, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)

@@ -116,10 +116,10 @@ nll_sum.defvjp(_forward, _backward)
 def _choose(hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> Chosen:
     count = labels.size
     size = min(POSITIONS, count)
-    order = jnp.argsort((weights == 0).reshape(-1), stable=True)
+    order = jnp.argsort(jnp.reshape(weights == 0, -1), stable=True)
 
     def take(x: jax.Array) -> jax.Array:
-        x = x.reshape(count, *x.shape[2:])[order]
+        x = jnp.asarray(x).reshape(count, *x.shape[2:])[order]
         return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
 
     chunks = (jnp.sum(weights != 0) + size - 1) // size
