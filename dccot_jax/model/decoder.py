@@ -21,7 +21,7 @@ from dccot_jax.model.backends.registry import make_attention
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import SAVED, linear
 from dccot_jax.model.lora import DROPOUT, delta
-from dccot_jax.model.sharding import activation_spec, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
+from dccot_jax.model.sharding import activation_spec, batch_axes, explicit_mesh, param_specs, reshard, use_spec, weight_shapes
 from dccot_jax.model.streams import Rows
 from dccot_jax.model.taps import Nudged, attach, per_row
 
@@ -241,8 +241,7 @@ def embed(params: Params, mc: ModelConfig, tokens: jax.Array, compute_dtype: Any
         rows = table[tokens].astype(compute_dtype)
     else:
         columns = jax.typeof(table).sharding.spec[1]
-        names = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
-        group = tuple(axis for axis in names if axis != columns) or None
+        group = tuple(axis for axis in batch_axes(tokens.shape[0]) or () if axis != columns) or None
         tokens = reshard(tokens, P(group, None))
         rows = reshard(table.at[tokens].get(out_sharding=P(group, None, columns)).astype(compute_dtype), spec)
     rows = rows if nudge is None else (rows + nudge).astype(compute_dtype)

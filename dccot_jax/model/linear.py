@@ -177,7 +177,8 @@ def _slot_forward(axes: tuple[str, ...], use: P, w: jax.Array) -> tuple[jax.Arra
 
 
 def _slot_backward(axes: tuple[str, ...], use: P, w: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return (_summed(lambda g: g[0], axes, (P(axes, *use),), _spec_of(w))(g).astype(w.dtype),)
+    stored = jax.typeof(w).sharding.spec
+    return (_summed(lambda g: g[0], axes, (P(axes, *use),), stored)(g).astype(w.dtype),)
 
 
 _slot.defvjp(_slot_forward, _slot_backward)
