@@ -19,13 +19,15 @@ from dccot_jax.config import ConfigError
 from dccot_jax.estimate.assess import assess
 from dccot_jax.estimate.data import calls_per_question, data_totals
 from dccot_jax.estimate.flops import executed_flops, forward_per_token, model_flops, muon_flops
-from dccot_jax.estimate.memory import batch_bytes, fits, optimizer_bytes, step_memory
+from dccot_jax.estimate.memory import batch_bytes, fits, gradient_bytes, optimizer_bytes, parameter_bytes, step_memory, teacher_bytes
 from dccot_jax.estimate.roofline import link_bytes, predict
 from dccot_jax.estimate.student import student_model
 from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
 from dccot_jax.estimate.training import Training, training_of, weights
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.hf import from_hf
+from dccot_jax.model.lora import with_adapters
+from dccot_jax.train.adapters import abstract_trained
 from dccot_jax.train.checkpoint import abstract_params
 from dccot_jax.train.muon import _newton_schulz
 from dccot_jax.train.optimizer import make_optimizer
@@ -52,15 +54,19 @@ def bytes_per_device(tree) -> int:
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize("mc", [TINY, UNTIED], ids=["tied", "untied, biases"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_parameters_and_moments_are_those_of_the_abstract_state(mc, optimizer, sizes):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("lora", [{}, {"lora__rank": 4, "lora__targets": ("q_proj", "down_proj"), "lora__frozen_dtype": "bfloat16"}])
+def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
     on = mesh(*sizes)
-    train = tiny_config(train__optimizer=optimizer).train
-    state = abstract_state(abstract_params(mc, on), make_optimizer(train), on)
-    training = dataclasses.replace(BASE, mc=mc, mesh=sizes, optimizer=optimizer)
-    assert step_memory(training).parameters == bytes_per_device(state["params"])
+    config = tiny_config(train__optimizer=optimizer, **{f"train__{key}": value for key, value in lora.items()})
+    training = dataclasses.replace(training_of(config, mc, math.prod(sizes), teacher=UNTIED)[0], mesh=sizes)
+    params, constants = abstract_trained(training.mc, on, config.train)
+    state = abstract_state(params, make_optimizer(config.train), on, constants)
+    assert parameter_bytes(training) == bytes_per_device([state["params"], state.get("frozen", {})])
     moments = [leaf for leaf in jax.tree.leaves(state["opt"]) if leaf.ndim > 0]
     assert optimizer_bytes(training) == bytes_per_device(moments)
+    assert gradient_bytes(training) == bytes_per_device(state["params"])
+    assert teacher_bytes(training) == bytes_per_device(abstract_params(UNTIED, on, jnp.bfloat16))
     assert sum(weight.elements for weight in weights(mc, sizes)) == mc.num_params()
 
 
@@ -97,10 +103,10 @@ def test_roofline_by_hand():
     assert found["step_seconds"] == max(found["seconds"].values())
     useful = 3 * forward.total * 4096
     assert found["mfu"] == pytest.approx(useful / 459e12 / found["step_seconds"])
-    # 16 chunks of the head: 2^25 logits are 261 positions. The head per chunk, the table once, the norms' gradients.
-    table, norms = 128256 * 4096, 65 * 4096
+    # The layers gathered twice and scattered, the head gathered and scattered once, one row exchanged twice, the norms' gradients.
+    head, row, norms = 128256 * 4096, 4096 * 4096, 65 * 4096
     layers = 32 * 218_103_808
-    expected = 63 / 64 * (layers * (2 + 2 + 4) + table * (16 * (2 + 2 + 8) + 2 + 8) + norms * 8)
+    expected = 63 / 64 * (layers * (2 + 2 + 4) + head * (2 + 4) + row * (2 + 2) + norms * 8)
     assert link_bytes(BASE) == pytest.approx(expected)
     assert link_bytes(dataclasses.replace(BASE, mesh=(1, 1, 1))) == 0
 
@@ -145,13 +151,17 @@ def test_memory_follows_the_settings():
     assert total(tokens=2048) < total()
     assert total(mesh=(64, 1, 1)) > total(mesh=(8, 8, 1)) > total()
     assert total(compute_dtype="float32") > total()
+    teacher = dataclasses.replace(EIGHT, num_layers=16)
+    assert total() + teacher_bytes(dataclasses.replace(BASE, teacher=teacher)) <= total(teacher=teacher) < total(teacher=EIGHT)
+    assert total(mc=with_adapters(EIGHT, 16, 32.0, 0.0, ("q_proj", "v_proj")), frozen_dtype="bfloat16") < total()
+    assert total(optimizer="adafactor") < total()
     assert step_memory(BASE).phases[step_memory(BASE).peak] == max(step_memory(BASE).phases.values())
 
 
 def test_layers_add_their_inputs_and_their_gradients():
-    """One more layer costs, with everything thrown away but its input, its float32 gradient and [rows, T, D] in the compute dtype."""
+    """One more layer costs, with everything thrown away but its input, its float32 gradient, a copy of its share and [rows, T, D]."""
     deeper = dataclasses.replace(BASE, mc=dataclasses.replace(EIGHT, num_layers=33))
-    layer = 218_103_808 // 64 * 4 + 2 * 4096 * 4
+    layer = 218_103_808 // 64 * (4 + 2) + 2 * 4096 * 4
     added = step_memory(deeper).phases["layers"] - step_memory(BASE).phases["layers"]
     assert added == layer + 4096 * 4096 * 2
 
@@ -323,7 +333,8 @@ KEYS = {
     "problem": (str, type(None)),
     "compiler": (dict, type(None)),
 }
-ARGUMENTS, TEMPORARIES = ("parameters", "optimizer", "batch"), ("gradients", "activations", "logits", "temporaries")
+ARGUMENTS = ("parameters", "optimizer", "teacher", "batch")
+TEMPORARIES = ("gradients", "activations", "copies", "logits", "temporaries")
 TOTALS = ("arguments", "peak_temporaries", "total", "available")
 
 

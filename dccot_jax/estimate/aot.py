@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 from dccot_jax.estimate.topologies import GIB, Topology, TopologyError
 from dccot_jax.estimate.training import Training
 from dccot_jax.model.sharding import make_mesh
-from dccot_jax.train.checkpoint import abstract_params
+from dccot_jax.train.adapters import abstract_trained
 from dccot_jax.train.feed import batch_sharding
-from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.losses import BATCH_FIELDS, distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.step import abstract_state, make_train_step
+from dccot_jax.train.teacher import abstract_teacher
 
 # Without them libtpu looks for a chip, asks the cloud's metadata server, and refuses a second process.
 _ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -44,7 +45,10 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
     """
     mesh = make_mesh(training.mesh_sizes, tpu_devices(topology))
     group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
-    state = abstract_state(abstract_params(training.mc, mesh), make_optimizer(group), mesh)
+    params, constants = abstract_trained(training.mc, mesh, group)
+    settings = None if training.teacher is None else distillation(training.teacher, group.distill)
+    constants |= abstract_teacher(settings, group.distill, mesh)
+    state = abstract_state(params, make_optimizer(group), mesh, constants)
     shape = (training.rows, training.tokens)
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=batch_sharding(mesh))
@@ -52,9 +56,9 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
     }
     started = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = make_train_step(training.mc, mesh, group, jnp.dtype(training.compute_dtype), steps=max(group.steps, 1)).lower(
-            state, batch
-        )
+        dtype = jnp.dtype(training.compute_dtype)
+        step = make_train_step(training.mc, mesh, group, dtype, steps=max(group.steps, 1), distill=settings)
+        lowered = step.lower(state, batch)
     parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases"))
     allocated: int | None
     try:

@@ -15,7 +15,7 @@ from dccot_jax.estimate.data import data_totals
 from dccot_jax.estimate.flops import model_flops
 from dccot_jax.estimate.memory import fits, step_memory
 from dccot_jax.estimate.roofline import predict
-from dccot_jax.estimate.student import student_model
+from dccot_jax.estimate.student import student_model, teacher_model
 from dccot_jax.estimate.topologies import Topology, TopologyError, find_topology
 from dccot_jax.estimate.training import training_of
 
@@ -49,14 +49,14 @@ def assess(
         from dccot_jax.estimate.aot import compiler_memory  # slow to import
 
         log(f"compiling the train step for {topology.name}: minutes; --noaot leaves it out")
-        training, _ = training_of(arms[name], student_model(arms[name])[0], topology.chips)
+        training, _ = training_of(arms[name], student_model(arms[name])[0], topology.chips, teacher_model(arms[name]))
         result["compiler"] = compiler_memory(arms[name], training, topology)
     return result
 
 
 def _arm(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     mc, remarks = student_model(config)
-    training, problem = training_of(config, mc, topology.chips)
+    training, problem = training_of(config, mc, topology.chips, teacher_model(config))
     memory = step_memory(training)
     fit = fits(memory, topology) and not problem
     prediction = predict(training, topology)

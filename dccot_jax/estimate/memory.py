@@ -1,13 +1,14 @@
 """Bytes per device of one train step: what it is given, and the most that is alive beside that at one time.
 
-Given (arguments): float32 parameters, optimizer state and the batch, each as the one table from weight to mesh axes splits it
-(`model/sharding.py`); the state is donated, so the outputs take no memory of their own. Alive beside that: the gradients, what
-the forward pass keeps for the backward pass, and the working memory of whichever part of the step needs most:
+Given (arguments): parameters (trained ones in float32), optimizer state, a teacher's parameters and the batch, each as the one
+table from weight to mesh axes splits it (`model/sharding.py`); the state is donated, so the outputs take no memory of their own.
+Alive beside that: copies of the layers' stored matrices in the compute dtype, which compilers make before the scan over layers; the
+gradients; what the forward pass keeps for the backward pass; and the working memory of whichever part of the step needs most:
 
-  layers     the backward pass of one layer, which recomputes what remat threw away: attention scores, the MLP's inner
+  layers     the backward pass of one layer, which recomputes what remat threw away: attention's working memory, the MLP's inner
              activations, the weights gathered over fsdp
-  head       the gathered head and its gradient
-  embedding  the gathered table and its gradient
+  head       the gathered head, its whole gradient and one chunk's part of it, and the chunk's logits
+  teacher    one layer of a teacher's forward pass
   optimizer  the gradients, and with Muon whole momentum matrices
 
 Terms and counts are stated where they are computed; docs/scale.md compares them with the TPU compiler's figures.
@@ -19,12 +20,12 @@ import dataclasses
 import math
 from typing import Any
 
+from dccot_jax.estimate.attention import FLOAT32, backward_bytes, forward_bytes
 from dccot_jax.estimate.topologies import Topology
-from dccot_jax.estimate.training import Training, Weight, weights
+from dccot_jax.estimate.training import BYTES, Training, Weight, weights
+from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.head import default_chunk
 from dccot_jax.train.losses import BATCH_FIELDS
-
-FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +33,26 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-      parameters, optimizer, batch: the arguments. gradients, activations: alive through the backward pass. logits: one chunk, float32.
+      parameters, optimizer, teacher, batch: the arguments. gradients, activations: alive through the backward pass.
+      copies: the layers' matrices in the compute dtype. logits: one chunk, float32.
       temporaries: the other working memory of the part named `peak`, where most is alive.
       phases: part of the step -> everything alive there beside the arguments.
     """
 
     parameters: int
     optimizer: int
+    teacher: int
     batch: int
     gradients: int
     activations: int
+    copies: int
     logits: int
     temporaries: int
     phases: dict[str, int]
 
     @property
     def arguments(self) -> int:
-        return self.parameters + self.optimizer + self.batch
+        return self.parameters + self.optimizer + self.teacher + self.batch
 
     @property
     def peak(self) -> str:
@@ -78,35 +82,52 @@ def fits(memory: Memory, topology: Topology) -> bool:
 
 def step_memory(training: Training) -> Memory:
     """Memory of one train step on each device."""
-    parameters = sum(weight.local for weight in weights(training.mc, training.mesh)) * FLOAT32
-    chunk = chunk_bytes(training)
-    phases = {
-        "layers": _layers(training),
-        "head": _head(training),
-        "embedding": _embedding(training),
-        "optimizer": parameters + _muon(training),
-    }
-    kept = saved_activations(training)
-    gradients = _gradients(training)
+    phases = {"layers": _layers(training), "head": _head(training), "optimizer": gradient_bytes(training) + _muon(training)}
+    if training.teacher is not None:
+        phases["teacher"] = _teacher(training, training.teacher)
     peak = max(phases, key=lambda name: phases[name])
-    alive = {"layers": gradients + kept + chunk, "head": kept, "embedding": gradients, "optimizer": parameters}[peak]
+    parts = {
+        "gradients": gradient_bytes(training) if peak == "optimizer" else _held(training, peak),
+        "activations": saved_activations(training) if peak != "optimizer" else 0,
+        "copies": copy_bytes(training) if peak != "optimizer" else 0,
+        "logits": chunk_bytes(training) if peak in ("layers", "head") else 0,
+    }
     return Memory(
-        parameters=parameters,
+        parameters=parameter_bytes(training),
         optimizer=optimizer_bytes(training),
+        teacher=teacher_bytes(training),
         batch=batch_bytes(training),
-        gradients=gradients,
-        activations=kept,
-        logits=chunk,
-        temporaries=max(phases[peak] - alive, 0),
+        **parts,
+        temporaries=phases[peak] - sum(parts.values()),
         phases=phases,
     )
 
 
+def parameter_bytes(training: Training) -> int:
+    """Float32, or the frozen dtype where adapters are trained in their place."""
+    frozen = BYTES[training.frozen_dtype]
+    return sum(weight.local * (FLOAT32 if weight.trained else frozen) for weight in weights(training.mc, training.mesh))
+
+
+def teacher_bytes(training: Training) -> int:
+    if training.teacher is None:
+        return 0
+    return sum(weight.local for weight in weights(training.teacher, training.mesh)) * BYTES[training.teacher_dtype]
+
+
 def optimizer_bytes(training: Training) -> int:
-    """Two float32 moments per parameter, one where Muon trains: the layers' matrices."""
-    found = weights(training.mc, training.mesh)
-    muon = training.optimizer == "muon"
-    return sum(weight.local * FLOAT32 * (1 if muon and weight.stacked and weight.matrix else 2) for weight in found)
+    """Two float32 moments per trained parameter; one where Muon trains, the layers' matrices; with Adafactor a row and a column of
+    second moments per matrix, and one per element of a vector.
+    """
+    total = 0
+    for weight in weights(training.mc, training.mesh):
+        if not weight.trained:
+            continue
+        if training.optimizer == "adafactor":
+            total += weight.layers * sum(weight.share) if weight.matrix else weight.local
+        else:
+            total += weight.local * (1 if training.optimizer == "muon" and weight.stacked and weight.matrix else 2)
+    return total * FLOAT32
 
 
 def batch_bytes(training: Training) -> int:
@@ -146,64 +167,90 @@ def saved_activations(training: Training) -> int:
     return mc.num_layers * training.device_rows * training.tokens * position
 
 
+def gradient_bytes(training: Training) -> int:
+    """Float32, as the trained parameters are stored."""
+    return sum(weight.local for weight in weights(training.mc, training.mesh) if weight.trained) * FLOAT32
+
+
+def copy_bytes(training: Training) -> int:
+    """The stored shares of the layers' matrices in the compute dtype, where they are stored in another."""
+    total = _copies(training.mc, training, training.frozen_dtype)
+    return total if training.teacher is None else total + _copies(training.teacher, training, training.teacher_dtype)
+
+
+def _copies(mc: ModelConfig, training: Training, dtype: str) -> int:
+    """`dtype`: of a student's frozen weights, or of all weights of a teacher."""
+    found = [weight for weight in weights(mc, training.mesh) if weight.stacked and weight.matrix]
+    student = mc is training.mc
+    cast = [w for w in found if ("float32" if student and w.trained else dtype) != training.compute_dtype]
+    return sum(weight.local for weight in cast) * training.compute_bytes
+
+
+def _held(training: Training, part: str) -> int:
+    """Gradients alive beside a part of the step: their sums over micro-batches, and in the layers' backward pass those it makes."""
+    return gradient_bytes(training) * ((training.microbatches > 1) + (part == "layers"))
+
+
 def _layers(training: Training) -> int:
     """The backward pass of one layer beside all gradients and what was kept.
 
-    Attention: per head and pair of positions the recomputed float32 probabilities, their copy in the compute dtype and the
-    gradient in the compute dtype. MLP: gate, up, their product and the gradients of the three. The two are never alive together.
-    Alive beside them: the int32 index of a chunk's logits, and a tied table's state a second time, in the layout of its update.
+    MLP: gate, up, their product and the gradients of the three. It and attention are never alive together. Alive beside them: the
+    largest matrix gathered, and its whole gradient where it is trained; the int32 index of a chunk's logits; and a tied table's
+    state a second time, in the layout of its update.
     """
     size = training.compute_bytes
     heads, _, inner = _shares(training)
     positions = training.device_rows * training.tokens
-    attention = positions * heads * training.tokens * (FLOAT32 + 2 * size)
+    attention = backward_bytes(positions, training.tokens, heads, size)
     mlp = positions * inner * 6 * size
-    beside = chunk_bytes(training) + (3 * head_table(training).local * FLOAT32 if training.mc.tie_embeddings else 0)
-    work = max(attention, mlp) + _largest(training, size + FLOAT32)
-    return _gradients(training) + saved_activations(training) + work + beside
+    largest = max(
+        weight.used // weight.layers * (size + (FLOAT32 if weight.trained else 0))
+        for weight in weights(training.mc, training.mesh)
+        if weight.stacked
+    )
+    table = head_table(training)
+    beside = chunk_bytes(training) + (3 * table.local * FLOAT32 if training.mc.tie_embeddings and table.trained else 0)
+    return _held(training, "layers") + copy_bytes(training) + saved_activations(training) + max(attention, mlp) + largest + beside
 
 
 def _head(training: Training) -> int:
-    """The gathered head, its whole float32 gradient before and after a sum over devices, beside what was kept."""
+    """The gathered head, the sum of its whole float32 gradient over the chunks so far and this chunk's, and the chunk's logits
+    twice, beside what was kept; of a teacher the gathered head, its hidden states and one chunk too.
+    """
     table = head_table(training)
-    held = _gradients(training) if training.microbatches > 1 else table.local * FLOAT32
-    return held + saved_activations(training) + table.used * (training.compute_bytes + _sums(training) * FLOAT32)
+    work = table.used * (training.compute_bytes + (2 * FLOAT32 if table.trained else 0)) + 2 * chunk_bytes(training)
+    if training.teacher is not None:
+        positions = training.device_rows * training.tokens
+        gathered = next(w.used for w in weights(training.teacher, training.mesh) if w.name == _head_name(training.teacher))
+        work += (gathered + positions * training.teacher.hidden_size) * training.compute_bytes + 2 * chunk_bytes(training)
+    return _held(training, "head") + copy_bytes(training) + saved_activations(training) + work
 
 
-def _embedding(training: Training) -> int:
-    """All gradients and the whole table's, before and after a sum over devices."""
-    table = next(weight.used for weight in weights(training.mc, training.mesh) if weight.name == "embed")
-    return _gradients(training) + _sums(training) * table * FLOAT32
-
-
-def _sums(training: Training) -> int:
-    """Copies of a gradient while it is summed over the devices that share a batch."""
-    return 2 if training.shards > 1 else 1
+def _teacher(training: Training, teacher: ModelConfig) -> int:
+    """One layer of a teacher's forward pass, of which nothing is kept."""
+    size, positions = training.compute_bytes, training.device_rows * training.tokens
+    heads = teacher.num_heads // _split(teacher.num_kv_heads, training.mesh[2])
+    inner = teacher.intermediate_size // _split(teacher.intermediate_size, training.mesh[2])
+    work = max(forward_bytes(positions, training.tokens, heads, size), positions * inner * 3 * size)
+    largest = max(weight.used // weight.layers for weight in weights(teacher, training.mesh) if weight.stacked) * size
+    return _held(training, "teacher") + copy_bytes(training) + saved_activations(training) + work + largest
 
 
 def head_table(training: Training) -> Weight:
     """The weight of the output head: the embedding table where it is tied."""
-    name = "embed" if training.mc.tie_embeddings else "head"
-    return next(weight for weight in weights(training.mc, training.mesh) if weight.name == name)
+    return next(weight for weight in weights(training.mc, training.mesh) if weight.name == _head_name(training.mc))
 
 
-def _gradients(training: Training) -> int:
-    """Float32 gradients, and with several micro-batches their sums."""
-    stored = sum(weight.local for weight in weights(training.mc, training.mesh)) * FLOAT32
-    return stored * (2 if training.microbatches > 1 else 1)
+def _head_name(mc: ModelConfig) -> str:
+    return "embed" if mc.tie_embeddings else "head"
 
 
 def _muon(training: Training) -> int:
     """Whole float32 matrices of this device's layers: the largest stack three times."""
     if training.optimizer != "muon":
         return 0
-    found = [weight for weight in weights(training.mc, training.mesh) if weight.stacked and weight.matrix]
+    found = [weight for weight in weights(training.mc, training.mesh) if weight.stacked and weight.matrix and weight.trained]
     return 3 * FLOAT32 * max(math.ceil(weight.layers / training.devices) * math.prod(weight.matrix) for weight in found)
-
-
-def _largest(training: Training, size: int) -> int:
-    """The largest matrix of one layer where it is used."""
-    return size * max(weight.used // weight.layers for weight in weights(training.mc, training.mesh) if weight.stacked)
 
 
 def _shares(training: Training) -> tuple[int, int, int]:

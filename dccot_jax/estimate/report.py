@@ -11,11 +11,13 @@ from rich.table import Table
 from dccot_jax.estimate.topologies import GIB
 
 _MEMORY_ROWS = (
-    ("parameters", "parameters, float32"),
+    ("parameters", "parameters"),
     ("optimizer", "optimizer state, float32"),
+    ("teacher", "teacher"),
     ("batch", "batch"),
     ("gradients", "gradients, float32"),
     ("activations", "activations kept for the backward pass"),
+    ("copies", "the layers' matrices in the compute dtype"),
     ("logits", "logits of one chunk of the head"),
     ("temporaries", "other temporaries at the peak"),
 )

@@ -9,8 +9,8 @@ It is a bound: a real step is slower (2023-26 trainers reach 35-65 % MFU at 7B a
              chunk, float32 logits twice; attention scores, which are materialised, at 12 bytes each; once per step gradients and
              optimizer state.
   links      per micro-batch, over fsdp: every weight of the layers gathered once forward and once backward in the compute dtype, its
-             gradient scattered in float32; the head the same for every chunk, its gradient summed whole instead of scattered;
-             the table gathered once, its gradient summed whole. Over data: gradients summed in float32. Over tensor: four sums of
+             gradient scattered in float32; the head gathered once for all its chunks, its gradient scattered once; the rows looked
+             up in the table exchanged, and their gradients. Over data: gradients summed in float32. Over tensor: four sums of
              the residual stream per layer, two more where it is recomputed, in float32. A gather or a scatter over n devices moves
              (n-1)/n of the array, a sum twice that.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from dccot_jax.estimate.flops import PASSES, executed_flops, model_flops
-from dccot_jax.estimate.memory import FLOAT32, head_chunks, head_table, optimizer_bytes
+from dccot_jax.estimate.memory import FLOAT32, gradient_bytes, head_chunks, head_table, optimizer_bytes
 from dccot_jax.estimate.topologies import Topology
 from dccot_jax.estimate.training import Training, weights
 
@@ -68,26 +68,25 @@ def memory_bytes_moved(training: Training) -> float:
     moved += passes["attention"] * mc.num_layers * positions * training.tokens * heads * _SCORE_BYTES
     moved += passes["head"] * positions * vocab * 2 * FLOAT32
     moved *= training.microbatches
-    stored = sum(weight.local for weight in weights(mc, training.mesh)) * FLOAT32
-    return moved + 3 * stored + 2 * optimizer_bytes(training)  # gradients read, parameters and moments read and written
+    return moved + 3 * gradient_bytes(training) + 2 * optimizer_bytes(training)  # gradients read, parameters and moments read and written
 
 
 def link_bytes(training: Training) -> float:
     """Bytes one device receives in a step."""
     data, fsdp, tensor = training.mesh
-    size, head, chunks = training.compute_bytes, head_table(training), head_chunks(training)[0]
+    size, head = training.compute_bytes, head_table(training)
+    residual = training.device_rows * training.tokens * training.mc.hidden_size
     found = 0.0
     for weight in weights(training.mc, training.mesh):
-        uses = (chunks if weight.name == head.name else 0) + (1 if weight.name == "embed" else 0)  # 0: once in every layer
-        gathers = 2 * uses - (1 if weight.name == "embed" else 0) if uses else 2
-        summed = 2 * FLOAT32 * max(uses, 1)
-        if weight.local == weight.used:  # not split over fsdp
-            found += (fsdp - 1) / fsdp * weight.used * summed
-        else:
-            found += (fsdp - 1) / fsdp * weight.used * (gathers * size + (summed if uses else FLOAT32))
-        found += (data - 1) / data * weight.local * summed
+        summed = FLOAT32 if weight.trained else 0
+        split = weight.local != weight.used  # over fsdp
+        if weight.name == "embed":
+            found += (fsdp - 1) / fsdp * (2 * residual * size if split else 2 * weight.used * summed)
+        if weight.name != "embed" or weight.name == head.name:
+            gathers = 1 if weight.name == head.name else 2
+            found += (fsdp - 1) / fsdp * weight.used * (gathers * size + summed if split else 2 * summed)
+        found += (data - 1) / data * weight.local * 2 * summed
     if tensor > 1:
         sums = 4 + (2 if training.remat == "nothing_saveable" else 0)
-        residual = training.device_rows * training.tokens * training.mc.hidden_size * FLOAT32
-        found += sums * training.mc.num_layers * 2 * (tensor - 1) / tensor * residual
+        found += sums * training.mc.num_layers * 2 * (tensor - 1) / tensor * residual * FLOAT32
     return found * training.microbatches

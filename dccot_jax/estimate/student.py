@@ -31,6 +31,21 @@ def student_model(config: ConfigDict) -> tuple[ModelConfig, list[str]]:
     return model, remarks
 
 
+def teacher_model(config: ConfigDict) -> ModelConfig | None:
+    """The model of ``config.train.distill.teacher``, which may be a config.json alone, or None without one.
+
+    Raises ConfigError: no such file, or an architecture this decoder does not know.
+    """
+    distill = config.train.distill
+    if distill.kind == "none":
+        return None
+    path = Path(distill.teacher).expanduser()
+    try:
+        return hf.read_config(path.parent if path.name == "config.json" else path)
+    except ModelError as error:
+        raise ConfigError(f"config.train.distill.teacher: {error}") from None
+
+
 def _read(path: Path) -> tuple[ModelConfig, list[str]]:
     folder = path.parent if path.name == "config.json" else path
     try:

@@ -12,7 +12,11 @@ from ml_collections import ConfigDict
 
 from dccot_jax.config import to_plain
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.model.lora import adapter_names
 from dccot_jax.model.sharding import AXES, MeshError, mesh_shape, param_specs, weight_shapes
+from dccot_jax.train.adapters import trained_model
+
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +24,10 @@ class Training:
     """One training step on a mesh.
 
     Attributes:
-      mc: the student. mesh: devices along (data, fsdp, tensor).
+      mc: the student, with its adapters where only these are trained. mesh: devices along (data, fsdp, tensor).
       rows, tokens: packed rows of one optimizer step over all devices, and tokens per row.
       microbatches, remat, optimizer, compute_dtype: as in the config.
+      frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model whose distributions are learned, or None.
     """
 
     mc: ModelConfig
@@ -33,6 +38,9 @@ class Training:
     remat: str
     optimizer: str
     compute_dtype: str
+    frozen_dtype: str = "float32"
+    teacher: ModelConfig | None = None
+    teacher_dtype: str = "bfloat16"
 
     @property
     def devices(self) -> int:
@@ -50,7 +58,7 @@ class Training:
 
     @property
     def compute_bytes(self) -> int:
-        return 2 if self.compute_dtype == "bfloat16" else 4
+        return BYTES[self.compute_dtype]
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
@@ -72,7 +80,8 @@ class Weight:
 
     Attributes:
       elements: in all. local: on one device as stored. used: on one device where it is used, gathered over fsdp; all its layers.
-      layers: 1, or how many are stacked. matrix: (m, n) of one layer, () for vectors.
+      layers: 1, or how many are stacked. matrix: (m, n) of one layer, () for vectors; share: that of one device as stored.
+      trained: False for what adapters leave alone.
     """
 
     name: str
@@ -82,10 +91,12 @@ class Weight:
     layers: int
     stacked: bool
     matrix: tuple[int, ...]
+    share: tuple[int, ...]
+    trained: bool
 
 
-def training_of(config: ConfigDict, mc: ModelConfig, devices: int) -> tuple[Training, str]:
-    """The training of a config on so many devices, and why its mesh or its batch cannot be, or "".
+def training_of(config: ConfigDict, mc: ModelConfig, devices: int, teacher: ModelConfig | None = None) -> tuple[Training, str]:
+    """The training of a config's student `mc` on so many devices, and why its mesh or its batch cannot be, or "".
 
     Where the mesh does not fit the devices the figures are those of all devices along fsdp.
     """
@@ -95,7 +106,7 @@ def training_of(config: ConfigDict, mc: ModelConfig, devices: int) -> tuple[Trai
     except MeshError as error:
         shape, problem = (1, devices, 1), f"config.{error}"
     found = Training(
-        mc=mc,
+        mc=trained_model(mc, train),
         mesh=(shape[0], shape[1], shape[2]),
         rows=train.rows_per_step,
         tokens=train.row_tokens,
@@ -103,6 +114,9 @@ def training_of(config: ConfigDict, mc: ModelConfig, devices: int) -> tuple[Trai
         remat=train.remat,
         optimizer=train.optimizer,
         compute_dtype=config.compute_dtype,
+        frozen_dtype=train.lora.frozen_dtype,
+        teacher=teacher,
+        teacher_dtype=train.distill.teacher_dtype,
     )
     return found, problem or found.problem()
 
@@ -112,11 +126,13 @@ def weights(mc: ModelConfig, mesh: tuple[int, int, int]) -> tuple[Weight, ...]:
     """Every weight with its share per device, by the one table from weight to mesh axes (`model/sharding.py`)."""
     sizes = dict(zip(AXES, mesh))
     shapes, specs = weight_shapes(mc), param_specs(mc, AbstractMesh(mesh, AXES))
+    adapters = adapter_names(mc)
     found = []
     for name, shape, spec, stacked in _flat(shapes, specs):
         axes = [axis for axis in spec if axis is not None]
         elements = math.prod(shape)
         own = shape[1:] if stacked else shape
+        split = spec[1:] if stacked else spec
         found.append(
             Weight(
                 name=name,
@@ -126,6 +142,8 @@ def weights(mc: ModelConfig, mesh: tuple[int, int, int]) -> tuple[Weight, ...]:
                 layers=shape[0] if stacked else 1,
                 stacked=stacked,
                 matrix=tuple(own) if len(own) == 2 else (),
+                share=tuple(size // sizes.get(axis, 1) for size, axis in zip(own, split)) if len(own) == 2 else (),
+                trained=mc.lora is None or name in adapters,
             )
         )
     return tuple(found)
