@@ -196,6 +196,8 @@ def default_config() -> ConfigDict:
             "temperature": 1.0,  # of both distributions
             "beta": 0.5,  # jsd: share of the teacher in the mixture
             "teacher_dtype": "bfloat16",  # of the teacher's parameters
+            "top_k": 0,  # its likeliest tokens stored ahead, per trained position, instead of the teacher beside the student; 0: none
+            "top_k_dtype": "float32",  # float16 | float32, of the stored log-probabilities
         }
     )
     c.train.momentum = 0.95  # muon
@@ -277,6 +279,8 @@ ADDED_LATER = {
     "train.distill.temperature": 1.0,
     "train.distill.beta": 0.5,
     "train.distill.teacher_dtype": "bfloat16",
+    "train.distill.top_k": 0,
+    "train.distill.top_k_dtype": "float32",
     "train.lora.preset": "",
     "train.lora.rank": 0,
     "train.lora.alpha": 0.0,

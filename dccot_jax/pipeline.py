@@ -76,6 +76,20 @@ STAGES = {
         ),
         Stage("tokenize", "dccot_jax.data.tokenize:run", 1, ("tokens",)),
         Stage(
+            "distill",
+            "dccot_jax.select.distill:run",
+            1,
+            (
+                "train.distill.top_k",
+                "train.distill.top_k_dtype",
+                "train.distill.temperature",
+                "train.distill.teacher_dtype",
+                "train.loss_mask",
+                "compute_dtype",
+            ),
+            "train_files",
+        ),
+        Stage(
             "score",
             "dccot_jax.select.engine:run",
             1,
@@ -163,6 +177,10 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
     add("verify", {"traces": traces})
     add("tokenize", {"verify": "verify", "student": "student"}, facets={"student": "tokenizer_hash"})
     rows = {"verify": "verify", "tokenize": "tokenize"}
+    learned = {"tokenize": "tokenize", "student": "student"}
+    if config.train.distill.top_k:
+        add("distill", learned, facets={"student": "tokenizer_hash"})
+        learned["distill"] = "distill"
     scored: dict[str, str] = {}
     if config.score.signals:
         if config.score.student == "warmup":
@@ -180,7 +198,7 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
             )
             add("select:warmup", rows, short)
             add("plan:warmup", {**rows, "select": "select:warmup"}, short)
-            add("train:warmup", {"plan": "plan:warmup", "tokenize": "tokenize", "student": "student"}, short)
+            add("train:warmup", {"plan": "plan:warmup", **learned}, short)
             add("score", {**rows, "train": "train:warmup"})
         elif config.score.student == "base":
             add("score", {**rows, "student": "student"})
@@ -189,7 +207,7 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
         scored = {"score": "score"}
     add("select", {**rows, **scored})
     add("plan", {**rows, **scored, "select": "select"})
-    add("train", {"plan": "plan", "tokenize": "tokenize", "student": "student"})
+    add("train", {"plan": "plan", **learned})
     if base:
         add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})

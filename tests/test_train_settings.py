@@ -21,6 +21,12 @@ from dccot_jax.train.settings import lora_settings
         ({"train.distill.kind": "kl"}, ["train.distill.kind", "forward_kl"]),
         ({"train.distill.kind": "jsd"}, ["train.distill.teacher", "give both"]),
         ({"train.distill.kind": "jsd", "train.distill.teacher": "x", "train.distill.beta": 1.0}, ["train.distill.beta", "reverse_kl"]),
+        ({"train.distill.top_k": 32}, ["train.distill.top_k", "32", "none"]),
+        (
+            {"train.distill.kind": "jsd", "train.distill.teacher": "x", "train.distill.top_k": -1},
+            ["train.distill.top_k", "-1", "at least 1"],
+        ),
+        ({"train.distill.top_k_dtype": "float61"}, ["train.distill.top_k_dtype", "float16"]),
     ],
 )
 def test_what_cannot_work_is_named(changes, words):

@@ -8,7 +8,8 @@ which must not predict the next document's first. The whole state of the loader 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from dccot_jax.artifact import Artifact, read_batches
 from dccot_jax.config import LOSS_MASKS
+from dccot_jax.data.teacher_store import TeacherStore
 from dccot_jax.data.token_store import TOKEN_COLUMNS, TokenStore
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +26,9 @@ Batch = dict[str, np.ndarray]
 class PlanSource:
     """A plan as a random-access source: ``source[step]`` is a dict of [rows, T] arrays.
 
-    Keys: ``tokens``, ``labels``, ``segment_ids``, ``positions`` (int32) and ``weights`` (float32).
+    Keys: ``tokens``, ``labels``, ``segment_ids``, ``positions`` (int32) and ``weights`` (float32). Where a teacher's k likeliest
+    tokens were stored, also ``teacher_ids`` (int32 [rows, T, k]) and ``teacher_logp`` (float32 [rows, T, k + 1]; last, every
+    other token): what it expects where the label stands; 0 at positions that are not trained.
 
     Args:
       plan: table with columns step, row, token_row, weight, sorted by step, row, slot.
@@ -32,6 +36,7 @@ class PlanSource:
       steps, rows_per_step, row_tokens: as in ``plan.json``.
       loss_mask: ``response`` (completion tokens) or ``full`` (all but each document's first token).
       rows: the packed rows this process builds, in order; None: all of them.
+      teacher: from the ids of the rows that this process reads, in the token table's order, to what a teacher expects there; None: no teacher.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class PlanSource:
         row_tokens: int,
         loss_mask: str = "response",
         rows: Sequence[int] | None = None,
+        teacher: Callable[[Sequence[str]], TeacherStore] | None = None,
     ):
         if loss_mask not in LOSS_MASKS:
             raise ValueError(f"loss_mask {loss_mask!r} is not one of {', '.join(LOSS_MASKS)}")
@@ -61,10 +67,19 @@ class PlanSource:
         token_row = plan["token_row"].to_numpy()[mine]
         self._store = TokenStore(tokens, np.unique(token_row))
         self._own = self._store.index(token_row)
+        self._teacher = None
+        if teacher is not None:
+            _, first = np.unique(token_row, return_index=True)
+            self._teacher = teacher(plan["id"].take(pa.array(mine[first])).to_pylist())
 
     @classmethod
-    def from_artifacts(cls, plan: Artifact, tokens: Artifact, *, rows: Sequence[int] | None = None) -> PlanSource:
-        """The source of a finished plan. Raises ValueError if the plan was made from other token rows."""
+    def from_artifacts(
+        cls, plan: Artifact, tokens: Artifact, stored: Artifact | None = None, *, rows: Sequence[int] | None = None
+    ) -> PlanSource:
+        """The source of a finished plan, with the teacher's tokens that stage ``distill`` has `stored`.
+
+        Raises ValueError if the plan was made from other token rows, ArtifactError if some of its rows are not stored.
+        """
         about = plan.json("plan")
         if about["tokens_hash"] != tokens.logical_hash:
             raise ValueError(f"{plan.path.name} was made from other token rows than {tokens.path.name}")
@@ -76,6 +91,7 @@ class PlanSource:
             row_tokens=about["row_tokens"],
             loss_mask=about["loss_mask"],
             rows=rows,
+            teacher=None if stored is None else functools.partial(TeacherStore.from_artifact, stored),
         )
 
     def __len__(self) -> int:
@@ -110,7 +126,11 @@ class PlanSource:
     def _empty(self, rows: int) -> Batch:
         shape = (rows, self._row_tokens)
         batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels", "segment_ids", "positions")}
-        return {**batch, "weights": np.zeros(shape, np.float32)}
+        batch["weights"] = np.zeros(shape, np.float32)
+        if self._teacher is not None:
+            batch["teacher_ids"] = np.zeros((*shape, self._teacher.k), np.int32)
+            batch["teacher_logp"] = np.zeros((*shape, self._teacher.k + 1), np.float32)
+        return batch
 
     def _write(self, batch: Batch, entry: int, place: int, start: int, segment: int) -> int:
         """Write one document at `start` of a row; returns its length."""
@@ -122,6 +142,10 @@ class PlanSource:
         batch["labels"][place, start : start + n - 1] = ids[1:]
         first = 0 if self._full else max(prompt - 1, 0)  # position whose label is the first trained token
         batch["weights"][place, start + first : start + n - 1] = self._weight[entry]
+        if self._teacher is not None:
+            likely, logp = self._teacher.row(self._own[entry], n - 1 - first)
+            batch["teacher_ids"][place, start + first : start + n - 1] = likely
+            batch["teacher_logp"][place, start + first : start + n - 1] = logp
         return n
 
 

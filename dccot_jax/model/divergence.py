@@ -8,8 +8,9 @@ divergence (arXiv 2306.13649, Eq. 1; TRL's `generalized_jsd_loss`) is
 and at its ends, by definition, D(0) = KL(p ‖ q), the forward, and D(1) = KL(q ‖ p), the reverse divergence. Nats; not
 multiplied by τ².
 
-Where only the teacher's k largest log-probabilities are stored, both distributions are reduced to k + 1 outcomes: these k
-tokens and "any other". Nothing is renormalised, every D(β) stays finite, and none exceeds the one over the whole vocabulary.
+Where only the teacher's k largest log-probabilities are stored (`model/top_tokens.py`), both distributions are reduced to k + 1
+outcomes: these k tokens and "any other". Nothing is renormalised, every D(β) stays finite, and none exceeds the one over the
+whole vocabulary; with k = V it is that one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from dccot_jax.model import head
+from dccot_jax.model.attention import NEGATIVE
 from dccot_jax.model.config import ModelConfig, ModelError
 from dccot_jax.model.sharding import activation_spec, reshard
-
-_TINY = 1e-30  # of a probability, so that its logarithm is finite
 
 
 def divergence(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
@@ -82,12 +82,14 @@ def weighted_topk_divergence(
     weights: jax.Array,
     *,
     beta: float,
+    temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(Σ w·D(β), Σ w) over k + 1 outcomes, with the teacher's k largest log-probabilities at temperature 1.
+    """(Σ w·D(β), Σ w) over k + 1 outcomes, with the teacher's k largest log-probabilities at this temperature.
 
     Args:
-      hidden: [B, T, D]. ids: int [B, T, k], different tokens. logp: float [B, T, k], their log-probabilities under the teacher.
+      hidden: [B, T, D]. ids: int [B, T, k], different tokens.
+      logp: float [B, T, k + 1], their log-probabilities under the teacher and, last, that of every other token together.
       weights: float [B, T], 0 where nothing is predicted. chunk: positions per chunk; None picks one by size.
     """
 
@@ -95,10 +97,9 @@ def weighted_topk_divergence(
 
     def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         own, i, theirs, w = part
-        log_q = jax.nn.log_softmax(read(own))
+        log_q = jax.nn.log_softmax(read(own) / temperature)
         log_q = reshard(log_q, activation_spec(log_q.shape[0], None, None))  # tokens are picked from the whole vocabulary
-        picked = jax.vmap(jax.vmap(lambda row, index: row[index]))(log_q, i)
-        value = divergence(_with_rest(theirs), _with_rest(picked), beta)
+        value = divergence(theirs.astype(jnp.float32), jax.vmap(jax.vmap(_with_rest))(log_q, i), beta)
         return total + jnp.sum(jnp.where(w != 0, value * w, 0.0)), None
 
     weights = weights.astype(jnp.float32)
@@ -116,7 +117,10 @@ def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
-def _with_rest(logp: jax.Array) -> jax.Array:
-    """Log-probabilities [..., k] and, behind them, that of every other token together."""
-    rest = 1.0 - jnp.sum(jnp.exp(logp), axis=-1, keepdims=True)
-    return jnp.concatenate([logp, jnp.log(jnp.maximum(rest, _TINY))], axis=-1)
+def _with_rest(logp: jax.Array, ids: jax.Array) -> jax.Array:
+    """Log-probabilities of the tokens ids [k] among logp [V] and, behind them, that of every other token together: [k + 1].
+
+    That one is a sum, not one minus a sum: it keeps its digits where the k tokens have nearly all of the mass.
+    """
+    rest = jax.nn.logsumexp(logp.at[ids].set(NEGATIVE), keepdims=True)
+    return jnp.concatenate([logp[ids], rest])

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model import compact_head, running
+from dccot_jax.model import top_tokens as likeliest
 from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract, contract_once, dot, gather_once
@@ -95,6 +96,42 @@ def token_stats(
 
     _, stats = scan_chunks(mc, body, None, hidden, (labels,), chunk)
     return {name: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for name, x in stats.items()}
+
+
+def top_tokens(
+    params: dict[str, Any],
+    mc: ModelConfig,
+    hidden: jax.Array,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    block: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest next tokens at every position of hidden states [B, T, D].
+
+    Args:
+      k: at most V. chunk, block: as in `token_stats`.
+
+    Returns:
+      ids int32 [B, T, k], the likeliest first; float32 [B, T, k + 1], their log-probabilities under softmax(z / temperature) and,
+      last, that of every other token together (about -1e30 where there is none).
+    """
+    block_logits, size, blocks = _vocabulary_blocks(params, mc, hidden, block)
+    batch, length = hidden.shape[:2]
+    chunk = chunk or max(16, _block_sizes()[0] * _devices() // (batch * (size + k)))
+
+    def body(carry: None, part: tuple[jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        def absorb(state: likeliest.State, i: jax.Array) -> tuple[likeliest.State, None]:
+            z, ids = block_logits(part[0], i)
+            return likeliest.absorb(state, z / temperature, ids), None
+
+        state, _ = jax.lax.scan(absorb, likeliest.start(batch, part[0].shape[1], k), jnp.arange(blocks))
+        return carry, likeliest.finish(state)
+
+    _, found = scan_chunks(mc, body, None, hidden, (), chunk)
+    ids, logp = (jnp.moveaxis(x, 0, 1).reshape(batch, -1, x.shape[-1])[:, :length] for x in found)
+    return ids, logp
 
 
 def weighted_nll(

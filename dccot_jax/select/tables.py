@@ -40,14 +40,14 @@ def vector_array(vectors: Sequence[np.ndarray]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(np.float32).ravel()), matrix.shape[1])
 
 
-def usable_rows(rows: Sequence[Row], max_positions: int) -> tuple[list[Row], list[Dropped]]:
-    """Rows the student can read and that have something to score, and a reason for every other one."""
+def usable_rows(rows: Sequence[Row], max_positions: int, model: str = "student") -> tuple[list[Row], list[Dropped]]:
+    """Rows the model can read and that have something to score, and a reason for every other one."""
     usable, dropped = [], []
     for row in rows:
         if row.completion_tokens < 1 or row.prompt_tokens < 1:
             dropped.append(Dropped(row.id, "empty_completion", f"{row.prompt_tokens} prompt and {row.completion_tokens} completion tokens"))
         elif len(row.input_ids) > max_positions:
-            dropped.append(Dropped(row.id, "exceeds_positions", f"{len(row.input_ids)} tokens, the student has {max_positions} positions"))
+            dropped.append(Dropped(row.id, "exceeds_positions", f"{len(row.input_ids)} tokens, the {model} has {max_positions} positions"))
         else:
             usable.append(row)
     return usable, dropped

@@ -11,7 +11,7 @@ from dccot_jax.model.sharding import BATCH
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Rows of a [G, T] batch over ("data", "fsdp")."""
+    """Rows of a [G, T, ...] batch over ("data", "fsdp")."""
     return jax.NamedSharding(mesh, jax.P(BATCH, None))
 
 
@@ -25,10 +25,10 @@ def local_rows(mesh: jax.sharding.Mesh, rows_per_step: int) -> list[int]:
 
 
 def to_global(local: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, rows: Sequence[int], rows_per_step: int) -> dict[str, jax.Array]:
-    """Global [G, T] arrays from this process's rows of them.
+    """Global [G, T, ...] arrays from this process's rows of them.
 
     Args:
-      local: arrays [len(rows), T]; row i of them is row ``rows[i]`` of the batch. rows: from `local_rows`.
+      local: arrays [len(rows), T, ...]; row i of them is row ``rows[i]`` of the batch. rows: from `local_rows`.
     """
     sharding = batch_sharding(mesh)
     place = {row: i for i, row in enumerate(rows)}

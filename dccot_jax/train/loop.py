@@ -47,7 +47,7 @@ from dccot_jax.train.checkpoint import FINAL, CheckpointError, save_params
 from dccot_jax.train.digest import params_hash
 from dccot_jax.train.feed import batch_sharding, local_rows, to_global
 from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
-from dccot_jax.train.losses import BATCH_FIELDS, Distillation
+from dccot_jax.train.losses import BATCH_FIELDS, TEACHER_FIELDS, Distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.skips import Skips, Unit, only
 from dccot_jax.train.snapshots import SNAPSHOTS, describe_snapshots, save_snapshot
@@ -70,6 +70,8 @@ def run(
 ) -> StageResult:
     """Train the student of ``inputs["student"]`` on ``inputs["plan"]`` over the token rows of ``inputs["tokenize"]``.
 
+    A teacher's likeliest tokens are those of ``inputs["distill"]``, where it is there.
+
     Args:
       devices: those to train on; None: all.
       on_step: called with the number of dispatched steps after each (tests interrupt a training there).
@@ -87,12 +89,13 @@ def run(
     steps, rows_per_step, row_tokens = about["steps"], about["rows_per_step"], about["row_tokens"]
     base = ModelConfig.from_dict(student.json("student")["model"])
     mc = adapters.trained_model(base, cfg.train)
-    distill = teacher_settings(student, mc, cfg.train.distill)
+    stored = inputs.get("distill")
+    distill = teacher_settings(student, mc, cfg.train.distill, stored)
     owner = {
         "plan": about["hash"],
         "student": student.logical_hash,
         "config": json_hash(config_slice(cfg, ("train", "compute_dtype"))),
-    }
+    } | ({} if stored is None else {"teacher": stored.logical_hash})
     _check(about, student, mc)
     finished = _finished(out, owner)
     if finished is not None:
@@ -103,7 +106,7 @@ def run(
     # --- mesh, optimizer, state ----------------------------------------------------------------------------------------
     mesh = make_mesh(to_plain(cfg.mesh), devices)
     attention, remark = choose(cfg.attention, mc, row_tokens, cfg.compute_dtype, packed=True)
-    if distill is not None:
+    if distill is not None and distill.teacher is not None:
         theirs, other = choose(cfg.attention, distill.teacher, row_tokens, cfg.compute_dtype, packed=True)
         distill, remark = distill._replace(attention=theirs), remark or other
     if remark:
@@ -125,7 +128,7 @@ def run(
 
         # --- data: every process builds its own rows -------------------------------------------------------------------
         rows = local_rows(mesh, rows_per_step)
-        source = PlanSource.from_artifacts(plan, inputs["tokenize"], rows=rows)
+        source = PlanSource.from_artifacts(plan, inputs["tokenize"], stored, rows=rows)
         epochs = _epochs(plan, about)
         snapshots = describe_snapshots(cfg.train, steps)
         voting = ctx.process_count > 1
@@ -324,6 +327,10 @@ def _compile(
     sharding = batch_sharding(mesh)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
     batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    if distill is not None and distill.teacher is None:
+        widths = ((group.distill.top_k, jnp.int32), (group.distill.top_k + 1, jnp.float32))
+        for name, (width, dtype) in zip(TEACHER_FIELDS, widths):
+            batch[name] = jax.ShapeDtypeStruct((rows, tokens, width), dtype, sharding=sharding)
     step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed, attention=attention, distill=distill)
     if voting:
         step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}

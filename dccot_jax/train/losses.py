@@ -32,23 +32,25 @@ import jax.numpy as jnp
 
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.divergence import weighted_divergence
+from dccot_jax.model.divergence import weighted_divergence, weighted_topk_divergence
 
 # The arrays of a batch, all [G, T]: G packed rows of T tokens.
 BATCH_FIELDS = ("tokens", "labels", "segment_ids", "positions", "weights")
+# Beside them, where a teacher's k likeliest tokens were stored ahead: int32 [G, T, k], and float32 [G, T, k + 1].
+TEACHER_FIELDS = ("teacher_ids", "teacher_logp")
 
 
 class Distillation(NamedTuple):
     """A divergence from a teacher in the loss: D(β) of `model/divergence.py`, and its share of the loss."""
 
-    teacher: ModelConfig
+    teacher: ModelConfig | None  # None: its likeliest tokens come with the batch, in `TEACHER_FIELDS`
     beta: float
     temperature: float
     weight: float
     attention: str = "xla"  # the teacher's backend
 
 
-def distillation(teacher: ModelConfig, distill: Any) -> Distillation:
+def distillation(teacher: ModelConfig | None, distill: Any) -> Distillation:
     """What the config's ``train.distill`` group asks for."""
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": float(distill.beta)}[distill.kind]
     return Distillation(teacher, beta, float(distill.temperature), float(distill.weight))
@@ -70,7 +72,7 @@ def weighted_loss(
 
     Args:
       params: parameter tree. mc: its model config.
-      batch: `BATCH_FIELDS`, each [G, T]. ``labels[g, t]`` is the token that position t predicts; ``weights`` is float32;
+      batch: `BATCH_FIELDS`, each [G, T], and `TEACHER_FIELDS` where they stand for the teacher. ``labels[g, t]`` is the token that position t predicts; ``weights`` is float32;
         ``segment_ids`` are 1-based, 0 is padding; ``positions`` restart at 0 in every segment.
       compute_dtype: dtype of activations; the head's logits and the loss are float32 in any case.
       remat: what the backward pass recomputes: ``nothing_saveable``, ``dots`` or ``none``.
@@ -85,11 +87,14 @@ def weighted_loss(
     hidden = decoder.forward(params, mc, *places, compute_dtype=compute_dtype, remat=remat, dropout_key=dropout_key, attention=attention)
     if distill is None:
         return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
-    theirs = decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none", attention=distill.attention)
-    theirs = jax.lax.stop_gradient(theirs)
-    total, weight = weighted_divergence(
-        params, mc, hidden, teacher, distill.teacher, theirs, batch["weights"], beta=distill.beta, temperature=distill.temperature
-    )
+    how: Any = {"beta": distill.beta, "temperature": distill.temperature}
+    if distill.teacher is None:
+        stored = (batch[name] for name in TEACHER_FIELDS)
+        total, weight = weighted_topk_divergence(params, mc, hidden, *stored, batch["weights"], **how)
+    else:
+        theirs = decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none", attention=distill.attention)
+        theirs = jax.lax.stop_gradient(theirs)
+        total, weight = weighted_divergence(params, mc, hidden, teacher, distill.teacher, theirs, batch["weights"], **how)
     if distill.weight < 1.0:
         nll, _ = head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
         total = (1.0 - distill.weight) * nll + distill.weight * total

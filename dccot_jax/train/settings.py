@@ -11,6 +11,7 @@ LORA_PRESETS = {
     "r16_qv": {"rank": 16, "alpha": 32.0, "targets": ("q_proj", "v_proj")},
     "r32_all": {"rank": 32, "alpha": 64.0, "targets": ("all-linear",)},
 }
+STORED_DTYPES = ("float16", "float32")
 DIVERGENCES = ("none", "forward_kl", "reverse_kl", "jsd")
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear")
 
@@ -53,7 +54,7 @@ def check_lora(train: Any) -> None:
 def check_distill(train: Any) -> None:
     """Raises ConfigError at the first field of ``train.distill`` that cannot work."""
     distill = train.distill
-    for name, accepted in (("kind", DIVERGENCES), ("teacher_dtype", DTYPES)):
+    for name, accepted in (("kind", DIVERGENCES), ("teacher_dtype", DTYPES), ("top_k_dtype", STORED_DTYPES)):
         if distill[name] not in accepted:
             raise ConfigError(
                 f"config.train.distill.{name}: {distill[name]!r} is not one of {', '.join(accepted)}{nearest(distill[name], accepted)}"
@@ -67,5 +68,10 @@ def check_distill(train: Any) -> None:
         raise ConfigError(f"config.train.distill.weight: {distill.weight} must lie in (0, 1]")
     if not distill.temperature > 0.0:
         raise ConfigError(f"config.train.distill.temperature: {distill.temperature} must be above 0")
+    if distill.top_k < 0 or (distill.top_k and distill.kind == "none"):
+        raise ConfigError(
+            f"config.train.distill.top_k: {distill.top_k} does not go with train.distill.kind = {distill.kind!r}; it must be 0 (the teacher runs"
+            " beside the student), or at least 1 with a kind and a teacher"
+        )
     if not 0.0 < distill.beta < 1.0:
         raise ConfigError(f"config.train.distill.beta: {distill.beta} must lie in (0, 1); its ends are forward_kl and reverse_kl")

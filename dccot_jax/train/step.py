@@ -65,14 +65,14 @@ def with_constants(state: State, constants: Mapping[str, Any]) -> State:
 
 
 def split_rows(batch: Mapping[str, jax.Array], microbatches: int) -> dict[str, jax.Array]:
-    """[G, T] arrays as [k, G/k, T]: row r goes to micro-batch r mod k, so that no row leaves its device.
+    """[G, T, ...] arrays as [k, G/k, T, ...]: row r goes to micro-batch r mod k, so that no row leaves its device.
 
     Raises ValueError if k·(devices along the batch) does not divide G.
     """
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.shape[0]
-        out = jnp.reshape(x, (rows // microbatches, microbatches, *x.shape[1:]), out_sharding=P(BATCH, None, None))
+        out = jnp.reshape(x, (rows // microbatches, microbatches, *x.shape[1:]), out_sharding=P(BATCH, *(None,) * x.ndim))
         return jnp.moveaxis(out, 1, 0)
 
     return {name: split(x) for name, x in batch.items()}
@@ -139,7 +139,7 @@ def make_train_step(
       distill: what is learned from a teacher, whose parameters are in the state then.
 
     Returns:
-      A function of (state, batch) with `state` donated; batch arrays are [G, T], sharded over ("data", "fsdp").
+      A function of (state, batch) with `state` donated; batch arrays are [G, T, ...], sharded over ("data", "fsdp").
       Metrics are (sum, weight): ``loss`` (nats, per unit of weight), ``grad_norm`` (before clipping), ``learning_rate``,
       ``tokens`` (non-padding, per step), ``trained_tokens`` (weight > 0), ``skipped``. A step whose gradient is not finite, or
       that has nothing to train on, changes neither parameters nor moments and counts as skipped; the step number still rises.

@@ -1,4 +1,4 @@
-"""The teacher whose next-token distributions a student learns (``train.distill``): opened onto the student's mesh, never trained."""
+"""The teacher whose next-token distributions a student learns (``train.distill``): beside it on its mesh, or stored ahead; never trained."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ from dccot_jax.train.checkpoint import abstract_params, load_student, resolve_ch
 from dccot_jax.train.losses import Distillation, distillation
 
 
-def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any) -> Distillation | None:
+def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any, stored: Artifact | None = None) -> Distillation | None:
     """What is learned from which teacher; None where ``train.distill.kind`` is "none".
+
+    Args:
+      stored: the artifact of stage ``distill``, where ``train.distill.top_k`` asks for it; the teacher is not opened then.
 
     Raises ConfigError if the teacher cannot be opened, or does not share the student's tokens.
     """
     if distill.kind == "none":
         return None
+    if stored is None:
+        return distillation(open_config(student, mc, distill), distill)
+    if stored.facts["vocab_size"] != mc.vocab_size:
+        raise ConfigError(
+            f"config.train.distill.teacher: {stored.path} holds tokens of a model with {stored.facts['vocab_size']}, the student has {mc.vocab_size}"
+        )
+    return distillation(None, distill)
+
+
+def open_config(student: Artifact, mc: ModelConfig, distill: Any) -> ModelConfig:
+    """The teacher's model config. Raises ConfigError if it cannot be opened, or does not share the student's tokens."""
     try:
         found = resolve_checkpoint(epath.Path(distill.teacher).expanduser())
         if isinstance(found, Artifact):
@@ -38,12 +52,12 @@ def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any) -> Distil
         raise ConfigError(
             f"config.train.distill.teacher: {distill.teacher!r} has other tokens than the student; distributions need the same"
         )
-    return distillation(teacher, distill)
+    return teacher
 
 
 def load_teacher(settings: Distillation | None, distill: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """{"teacher": its parameters on the mesh} where there is one."""
-    if settings is None:
+    if settings is None or settings.teacher is None:
         return {}
     path = epath.Path(distill.teacher).expanduser()
     return {"teacher": load_student(path, mesh, param_dtype=jnp.dtype(distill.teacher_dtype)).params}
@@ -51,7 +65,9 @@ def load_teacher(settings: Distillation | None, distill: Any, mesh: jax.sharding
 
 def abstract_teacher(settings: Distillation | None, distill: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Shapes and shardings of `load_teacher`."""
-    return {} if settings is None else {"teacher": abstract_params(settings.teacher, mesh, jnp.dtype(distill.teacher_dtype))}
+    if settings is None or settings.teacher is None:
+        return {}
+    return {"teacher": abstract_params(settings.teacher, mesh, jnp.dtype(distill.teacher_dtype))}
 
 
 def _same_tokens(one: epath.Path, other: epath.Path) -> bool:
