@@ -329,10 +329,10 @@ def read_table(path: epath.PathLike) -> pa.Table:
         return pq.read_table(pa.BufferReader(file.read()))
 
 
-def read_batches(path: epath.PathLike, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Batches of at most so many rows; of the file, only these columns' bytes are read."""
+def read_batches(path: epath.PathLike, columns: Sequence[str], rows: int | None = None) -> Iterator[pa.RecordBatch]:
+    """Batches of at most so many rows, `BATCH_ROWS` unless said; of the file, only these columns' bytes are read."""
     with epath.Path(path).open("rb") as file:
-        yield from pq.ParquetFile(file).iter_batches(rows, columns=list(columns))
+        yield from pq.ParquetFile(file).iter_batches(rows or BATCH_ROWS, columns=list(columns))
 
 
 def remove_leftovers(path: epath.PathLike) -> None:

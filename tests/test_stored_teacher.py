@@ -233,7 +233,7 @@ def test_resume_repeats_no_committed_chunk(made, tmp_path, monkeypatch):
 
 def test_rows_the_teacher_cannot_read_are_dropped_and_a_plan_with_them_is_refused(made, tmp_path):
     cfg, workdir = made
-    short = {"student__model__max_positions": 150, "train__row_tokens": 149, "evaluate__max_new_tokens": 8}
+    short = {"student__model__max_positions": 100, "train__row_tokens": 99, "tokens__max_length": 99, "evaluate__max_new_tokens": 8}
     [other] = pipeline.run(tiny_config(**short), _context(tmp_path), until="student")
     changed = override(cfg, {"train.distill.teacher": str(other.artifacts["student"].path)})
     found = _node(changed, workdir, "distill")
@@ -247,7 +247,7 @@ def test_rows_the_teacher_cannot_read_are_dropped_and_a_plan_with_them_is_refuse
 
 def test_more_tokens_than_there_are_are_refused(made):
     cfg, workdir = made
-    with pytest.raises(ConfigError, match="train.distill.top_k: 99999 exceeds the teacher's"):
+    with pytest.raises(ConfigError, match=r"train\.distill\.top_k: 99999 exceeds the teacher's"):
         _node(override(cfg, {"train.distill.top_k": 99999}), workdir, "distill")
 
 

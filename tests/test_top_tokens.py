@@ -1,8 +1,9 @@
-"""A teacher's k likeliest tokens from the blocked head: float64, whatever the blocks, devices and temperature; ties; the whole vocabulary."""
+"""The likeliest tokens and the mass of the rest, against float64: blocks, devices, temperature, ties, the whole vocabulary."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ B, T = 4, 5
 
 
 def _expected(mc, hidden, k, temperature):
-    params = host_params(mc)
+    params: Any = host_params(mc)
     table = params["embed"].T if mc.tie_embeddings else params["head"]
     z = hidden.astype(np.float64) @ np.asarray(table, np.float64) / temperature
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))

@@ -36,7 +36,8 @@ class PlanSource:
       steps, rows_per_step, row_tokens: as in ``plan.json``.
       loss_mask: ``response`` (completion tokens) or ``full`` (all but each document's first token).
       rows: the packed rows this process builds, in order; None: all of them.
-      teacher: from the ids of the rows that this process reads, in the token table's order, to what a teacher expects there; None: no teacher.
+      teacher: from the ids of the rows that this process reads, in the token table's order, to what a teacher expects there;
+        None: no teacher.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class PlanSource:
 
     def _empty(self, rows: int) -> Batch:
         shape = (rows, self._row_tokens)
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels", "segment_ids", "positions")}
+        batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels", "segment_ids", "positions")}
         batch["weights"] = np.zeros(shape, np.float32)
         if self._teacher is not None:
             batch["teacher_ids"] = np.zeros((*shape, self._teacher.k), np.int32)

@@ -47,7 +47,7 @@ class TeacherStore:
                 file.write(np.ascontiguousarray(part.column(name).flatten().to_numpy(zero_copy_only=False)))
         missing = np.flatnonzero(self._first < 0)
         if len(missing):
-            raise KeyError(*(wanted[own] for own in missing))
+            raise KeyError(*(wanted[int(own)] for own in missing))
         self._ids, self._logp = (
             _mapped(file, kind, (total, width)) for file, kind, width in zip(self._files, (np.int32, dtype), (k, k + 1))
         )

@@ -123,7 +123,7 @@ def top_tokens(
 
     def body(carry: None, part: tuple[jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         def absorb(state: likeliest.State, i: jax.Array) -> tuple[likeliest.State, None]:
-            z, ids = block_logits(part[0], i)
+            z, ids, _ = block_logits(part[0], i)
             return likeliest.absorb(state, z / temperature, ids), None
 
         state, _ = jax.lax.scan(absorb, likeliest.start(batch, part[0].shape[1], k), jnp.arange(blocks))

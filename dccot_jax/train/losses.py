@@ -72,8 +72,9 @@ def weighted_loss(
 
     Args:
       params: parameter tree. mc: its model config.
-      batch: `BATCH_FIELDS`, each [G, T], and `TEACHER_FIELDS` where they stand for the teacher. ``labels[g, t]`` is the token that position t predicts; ``weights`` is float32;
-        ``segment_ids`` are 1-based, 0 is padding; ``positions`` restart at 0 in every segment.
+      batch: `BATCH_FIELDS`, each [G, T], and `TEACHER_FIELDS` where they stand for the teacher. ``labels[g, t]`` is the token
+        that position t predicts; ``weights`` is float32; ``segment_ids`` are 1-based, 0 is padding; ``positions`` restart at 0 in
+        every segment.
       compute_dtype: dtype of activations; the head's logits and the loss are float32 in any case.
       remat: what the backward pass recomputes: ``nothing_saveable``, ``dots`` or ``none``.
       dropout_key: randomness of the adapters' dropout; None: nothing is dropped.
@@ -89,8 +90,8 @@ def weighted_loss(
         return head.weighted_nll(params, mc, hidden, batch["labels"], batch["weights"])
     how: Any = {"beta": distill.beta, "temperature": distill.temperature}
     if distill.teacher is None:
-        stored = (batch[name] for name in TEACHER_FIELDS)
-        total, weight = weighted_topk_divergence(params, mc, hidden, *stored, batch["weights"], **how)
+        ids, logp = (batch[name] for name in TEACHER_FIELDS)
+        total, weight = weighted_topk_divergence(params, mc, hidden, ids, logp, batch["weights"], **how)
     else:
         theirs = decoder.forward(teacher, distill.teacher, *places, compute_dtype=compute_dtype, remat="none", attention=distill.attention)
         theirs = jax.lax.stop_gradient(theirs)

@@ -70,8 +70,8 @@ def check_distill(train: Any) -> None:
         raise ConfigError(f"config.train.distill.temperature: {distill.temperature} must be above 0")
     if distill.top_k < 0 or (distill.top_k and distill.kind == "none"):
         raise ConfigError(
-            f"config.train.distill.top_k: {distill.top_k} does not go with train.distill.kind = {distill.kind!r}; it must be 0 (the teacher runs"
-            " beside the student), or at least 1 with a kind and a teacher"
+            f"config.train.distill.top_k: {distill.top_k} does not go with train.distill.kind = {distill.kind!r};"
+            " it must be 0 (the teacher runs beside the student), or at least 1 with a kind and a teacher"
         )
     if not 0.0 < distill.beta < 1.0:
         raise ConfigError(f"config.train.distill.beta: {distill.beta} must lie in (0, 1); its ends are forward_kl and reverse_kl")

@@ -1,4 +1,4 @@
-"""The teacher whose next-token distributions a student learns (``train.distill``): beside it on its mesh, or stored ahead; never trained."""
+"""The teacher whose next-token distributions a student learns (``train.distill``): beside it on its mesh, or stored ahead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any, stored: A
         return distillation(open_config(student, mc, distill), distill)
     if stored.facts["vocab_size"] != mc.vocab_size:
         raise ConfigError(
-            f"config.train.distill.teacher: {stored.path} holds tokens of a model with {stored.facts['vocab_size']}, the student has {mc.vocab_size}"
+            f"config.train.distill.teacher: {stored.path} holds tokens of a model with {stored.facts['vocab_size']},"
+            f" the student has {mc.vocab_size}"
         )
     return distillation(None, distill)
 

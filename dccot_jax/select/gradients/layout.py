@@ -93,7 +93,7 @@ def stream_arrays(rows: Sequence[Row], tile: Streams) -> dict[str, np.ndarray]:
     """
     shape, count = tile.shape, len(tile.streams)
     wide, few = (count, shape.tokens), (count, shape.scored)
-    found = {name: np.zeros(wide, np.int32) for name in ("tokens", "positions", "back")}
+    found: dict[str, np.ndarray] = {name: np.zeros(wide, np.int32) for name in ("tokens", "positions", "back")}
     found |= {name: np.zeros(few, np.int32) for name in ("index", "labels", "owners")} | {"weights": np.zeros(few, np.float32)}
     found["rows"] = np.full((count, shape.slots, shape.length), -1, np.int32)
     found["places"] = np.full((count, shape.slots, shape.completion), -1, np.int32)
