@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -219,4 +220,5 @@ def first_line(error: BaseException) -> str:
 def cause(error: BaseException) -> str:
     """The operating system's words at the end of a tensorstore message, else the first line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.split(" [os_error_code")[0].rsplit(": ", 1)[-1] if "[os_error_code" in line else line[:200]
+    message, *notes = re.split(r" \[\w+=", line, maxsplit=1)  # of tensorstore, in an order that differs between its versions
+    return message.rsplit(": ", 1)[-1] if notes else line[:200]
