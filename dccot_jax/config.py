@@ -120,6 +120,7 @@ def default_config() -> ConfigDict:
     c.score.over_time = ConfigDict()  # s2l, forgetting, learning_speed
     c.score.over_time.snapshots = 4  # of the warm-up training; or as many as a given train artifact holds
     c.score.over_time.learned = 0.8  # forgetting: token accuracy from which a row counts as learned
+    c.score.sentences = ConfigDict({"model": ""})  # sentence_prompt, sentence_rationale: directory or hub name of the encoder
     c.score.judge = ConfigDict()  # judge, judge_<criterion>, proxy_complexity, proxy_quality
     c.score.judge.judges = ()  # teachers that grade, each a dict as in traces.teachers; two or more: their agreement is reported
     c.score.judge.temperature = 0.0
@@ -248,6 +249,7 @@ UNHASHED = frozenset(
         "score.deita.complexity_model",
         "score.deita.quality_model",
         "score.models",
+        "score.sentences.model",
         "select.tables",
         "train.checkpoint_every",
         "train.keep_checkpoints",

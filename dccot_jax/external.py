@@ -62,6 +62,7 @@ def score_files(config: ConfigDict) -> dict[str, str]:
     beside the student, by config key: an artifact's logical hash, a directory's files."""
     from dccot_jax.select.gradients.settings import validation_sources
     from dccot_jax.select.settings import models_read
+    from dccot_jax.select.signals import SENTENCES
     from dccot_jax.select.two_model import open_other
 
     sources = validation_sources(config) if "less" in config.score.signals else ()
@@ -69,6 +70,10 @@ def score_files(config: ConfigDict) -> dict[str, str]:
     for key, path in models_read(config).items():
         model, _ = open_other(key, path)
         found[key] = model.logical_hash if isinstance(model, Artifact) else content_hash("model/1", _model_files(path), digits=64)
+    if set(config.score.signals) & set(SENTENCES):
+        model = config.score.sentences.model
+        files = _model_files(model, deep=True)
+        found["score.sentences.model"] = content_hash("model/1", files, digits=64) if files else model  # or its name on the hub
     return found
 
 
@@ -100,13 +105,14 @@ def train_files(config: ConfigDict) -> dict[str, str]:
     return {f"teacher:{name}": value for name, value in _model_files(teacher).items()}
 
 
-def _model_files(place: str) -> dict[str, str]:
-    """Hashes of the files of a Hugging Face directory by their names; none where `place` is none."""
+def _model_files(place: str, *, deep: bool = False) -> dict[str, str]:
+    """Hashes of the files of a Hugging Face directory by their names; none where `place` is none. `deep`: of its folders too."""
     folder = Path(place).expanduser()
     if not place or not folder.is_dir():
         return {}
     kinds = (".json", ".safetensors", ".jinja", ".txt", ".model")
-    return {path.name: _hash_of(path) for path in sorted(folder.iterdir()) if path.suffix in kinds}
+    found = sorted(folder.rglob("*") if deep else folder.iterdir())
+    return {str(path.relative_to(folder)): _hash_of(path) for path in found if path.suffix in kinds}
 
 
 EXTERNAL: dict[str, Callable[[ConfigDict], dict[str, str]]] = {

@@ -35,7 +35,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import BATCH, activation_spec, make_mesh, reshard
 from dccot_jax.records import Dropped, Trace, content_hash, table_to_traces
 from dccot_jax.select import items as pieces
-from dccot_jax.select import packed, packing
+from dccot_jax.select import packed, packing, sentences
 from dccot_jax.select.dispatch import Program, dispatch
 from dccot_jax.select.relative import grape
 from dccot_jax.select.signals import (
@@ -46,6 +46,7 @@ from dccot_jax.select.signals import (
     OVER_TIME,
     RELATIVE,
     SAMPLED,
+    SENTENCES,
     TWO_MODEL,
     VECTORS,
     VIEWS,
@@ -98,6 +99,9 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 
             found, lost, more = sampled.score(cfg, others, student, mesh, [traces[row.id] for row in rows], out, ctx)
             columns, dropped, facts = columns | found, dropped + lost, facts | more
+        if set(others) & set(SENTENCES):
+            found, more = sentences.score(cfg, others, [traces[row.id] for row in rows], out, ctx)
+            vectors, facts = vectors | found, facts | more
         if set(others) & {*JUDGED, *DEITA}:
             from dccot_jax.select import beyond  # imports this module
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dccot_jax.config import ConfigError
-from dccot_jax.select.signals import JUDGED, OVER_TIME, TWO_MODEL, required_stats, split_signals
+from dccot_jax.select.signals import JUDGED, OVER_TIME, SENTENCES, TWO_MODEL, required_stats, split_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ OTHERS: Mapping[str, Passes] = {
     **{name: Passes(("conditional", f"conditional ({role} model)")) for name, role in TWO_MODEL.items()},
     **dict.fromkeys(OVER_TIME, Passes(("conditional",), snapshots=True)),
     **dict.fromkeys(JUDGED, Passes()),  # requests to teachers, no pass
+    **dict.fromkeys(SENTENCES, Passes()),  # of another model
 }
 
 

@@ -18,7 +18,8 @@ from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.hf import read_config
 from dccot_jax.select.deita_scores import check_prompts, digit_tokens, grader_models
 from dccot_jax.select.judged import make_judges
-from dccot_jax.select.signals import DEITA, GRADIENTS, JUDGED, OVER_TIME
+from dccot_jax.select.sentences import check_sentences
+from dccot_jax.select.signals import DEITA, GRADIENTS, JUDGED, OVER_TIME, SENTENCES
 from dccot_jax.select.trajectories import check_over_time
 from dccot_jax.select.two_model import check_tokenizers, open_other, other_models
 
@@ -28,6 +29,7 @@ READERS = {
     "score.judge": JUDGED,
     "score.deita": DEITA,
     "score.over_time": OVER_TIME,
+    "score.sentences": SENTENCES,
 }
 
 
@@ -61,6 +63,8 @@ def check_settings(cfg: ConfigDict) -> None:
         _check_judge(cfg)
     if "pass_rate" in cfg.score.signals:
         check_sampling(cfg)
+    if set(cfg.score.signals) & set(SENTENCES):
+        check_sentences(cfg)
     check_over_time(cfg)
     if cfg.score.student == "warmup":
         snapshots_needed(cfg)

@@ -31,6 +31,8 @@ VIEWS = ("conditional", "unconditional")
 VECTORS = ("embedding_prompt", "embedding_rationale")
 # Signals over sequences made from pieces of a row; `select/items.py` makes them.
 ITEMS = ("answer_gain", "local_naturalness")
+# Vectors of a sentence encoder, of the same two texts; `select/sentences.py`.
+SENTENCES = ("sentence_prompt", "sentence_rationale")
 # Signals that compare a row with others, and the forward signal they are made of; `select/relative.py`.
 RELATIVE = {"grape": "nll"}
 # Signals that need the student to write an answer; `select/sampled.py` makes their columns.
@@ -45,8 +47,8 @@ DEITA = ("deita_complexity", "deita_quality")
 TWO_MODEL = {"excess": "reference", "rho": "holdout", "teacher_student_gap": "teacher"}
 # Signals over the snapshots of a training; `select/trajectories.py`. One of them is a vector.
 OVER_TIME = ("forgetting", "learning_speed", "s2l")
-VECTOR_COLUMNS = (*VECTORS, "s2l")
-_OTHERS = (*VECTORS, *ITEMS, *RELATIVE, *SAMPLED, *GRADIENTS, *JUDGED, *DEITA, *TWO_MODEL, *OVER_TIME)
+VECTOR_COLUMNS = (*VECTORS, *SENTENCES, "s2l")
+_OTHERS = (*VECTORS, *SENTENCES, *ITEMS, *RELATIVE, *SAMPLED, *GRADIENTS, *JUDGED, *DEITA, *TWO_MODEL, *OVER_TIME)
 RANK_LIMIT = 100.0
 
 Stats = Mapping[str, Mapping[str, jax.Array]]
