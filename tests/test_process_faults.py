@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
 DEVICES = 4  # of a run, however many processes share them
-STEPS = 140
+STEPS = 56
 PATIENCE = 900  # seconds: what is noticed by its closed connections is so at once, and a machine that stands still is no fault
 CONFIG = f"""
 import os, sys
@@ -42,7 +42,7 @@ def config():
     """A training of some seconds on the base student's rows; every process of the run has the same mesh."""
     return tiny_config(
         score__signals=(), select__steps=({"name": "teacher_correct"},), curriculum__kind="none", evaluate__base=False,
-        evaluate__limit=8, evaluate__max_new_tokens=8, train__steps=STEPS, train__checkpoint_every=40, train__row_tokens=192,
+        evaluate__limit=8, evaluate__max_new_tokens=8, train__steps=STEPS, train__checkpoint_every=16, train__row_tokens=192,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _checkpoints(workdir: Path) -> Sequence[int]:
 @pytest.mark.parametrize("told", [0, 1])
 def test_sigterm_to_one_process_saves_on_both(undisturbed, workdir, told):
     with Run(workdir, 2) as run:
-        run.reach(60)
+        run.reach(24)
         run.processes[told].send_signal(signal.SIGTERM)
         assert run.end() == [STOPPED, STOPPED], run.text()
         texts = [run.text(index) for index in (0, 1)]
@@ -173,7 +173,7 @@ def test_sigterm_to_one_process_saves_on_both(undisturbed, workdir, told):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_sigkill_of_one_ends_the_other_with_a_clear_line(undisturbed, workdir, killed):
     with Run(workdir, 2) as run:
-        run.reach(60)
+        run.reach(24)
         run.processes[killed].kill()
         codes = run.end(timeout=120)
         texts = [run.text(index) for index in (0, 1)]
@@ -188,19 +188,19 @@ def test_sigkill_of_one_ends_the_other_with_a_clear_line(undisturbed, workdir, k
 def test_a_disk_full_for_one_process_ends_both_and_leaves_the_checkpoint_before(undisturbed, workdir, filled):
     """A limit on the size of files stands in for the disk."""
     with Run(workdir, 2, heartbeat=HEARTBEAT_SECONDS) as run:
-        run.reach(50)
+        run.reach(20)
         resource.prlimit(run.processes[filled].pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
         codes = run.end(timeout=180)
         texts = [run.text(index) for index in (0, 1)]
     assert codes[filled] == 2 and codes[1 - filled] in (LOST_PEER, -signal.SIGABRT), texts
-    assert "checkpoint 80 could not be written (File too large); checkpoint 40 is whole. Make room" in texts[filled], texts[filled]
-    assert 40 in _checkpoints(workdir)
+    assert "checkpoint 32 could not be written (File too large); checkpoint 16 is whole. Make room" in texts[filled], texts[filled]
+    assert 16 in _checkpoints(workdir)
     assert _finish(workdir, 2) == undisturbed[2][1]
 
 
 def test_a_process_that_falls_silent_ends_the_other_within_two_minutes(workdir):
     with Run(workdir, 2, heartbeat=HEARTBEAT_SECONDS) as run:
-        run.reach(60)
+        run.reach(24)
         run.processes[1].send_signal(signal.SIGSTOP)
         code = run.processes[0].wait(120)
         assert code in (LOST_PEER, -signal.SIGABRT)
@@ -211,7 +211,7 @@ def test_a_process_that_falls_silent_ends_the_other_within_two_minutes(workdir):
 def test_another_number_of_processes_goes_on_at_the_same_place_in_the_data(undisturbed, workdir, counts):
     before, after = counts
     with Run(workdir, before) as run:
-        run.reach(100)
+        run.reach(40)
         run.processes[-1].send_signal(signal.SIGTERM)
         assert run.end() == [STOPPED] * before, run.text()
     _finish(workdir, after)
