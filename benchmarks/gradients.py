@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--what", nargs="+", choices=("grand", "less"), default=["grand", "less"])
     parser.add_argument("--tile_tokens", type=int, help="default: as the score stage has it")
-    parser.add_argument("--remat", default="nothing_saveable", help="as config.train.remat")
+    parser.add_argument("--remat", default="dots", help="as config.train.remat; the score stage takes dots where there is memory")
     parser.add_argument("--dim", type=int, default=8192, help="of the projection that is timed apart; 0: not")
     parser.add_argument("--peer-python", help="an interpreter with torch and transformers")
     parser.add_argument("--peer-venv", type=Path, default=Path("~/.cache/dccot_jax/bench-venv").expanduser())

@@ -13,13 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model.config import Rope
-from dccot_jax.model.linear import contract, dot
+from dccot_jax.model.linear import SAVED, contract, dot
 from dccot_jax.model.sharding import activation_spec, explicit_mesh
 from dccot_jax.model.streams import Rows, to_rows, to_stream
 
+KEPT = 512  # length of rows up to which the remat policy "dots" keeps the weights of their attention
 NEGATIVE = -1e30  # finite, so that a fully masked (padding) row gives no NaN
 
 
@@ -148,16 +150,67 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def attend_rows(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, window: int | jax.Array | None, *, scale: float, softcap: float = 0.0
 ) -> jax.Array:
-    """Attention within each row of streams: q [B, N, K, G, H], k and v [B, N, K, H] -> like q.
+    """Attention within each row of streams: q [B, N, K, G, H], k and v [B, N, K, H] -> like q; to be differentiated.
 
     A row's padding is behind its end, where the causal mask hides it. `window`: how far back a query sees; None: all the way.
+    Each device attends within its own streams and key/value heads; nothing is communicated.
     """
     length = rows.index.shape[-1]
     mask = jnp.tril(jnp.ones((length, length), bool))
     if window is not None:
         mask = mask & window_mask(length, window)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+        count, _, heads, groups, width = q.shape
+        q = q.transpose(0, 2, 3, 1, 4).reshape(count * heads, groups * length, width)
+        k, v = (x.transpose(0, 2, 3, 1).reshape(count * heads, width, length) for x in (k, v))
+        out = _attend_whole(scale, softcap, q, k, v, jnp.tile(bias, (groups, 1)))
+        return out.reshape(count, heads, groups, length, width).transpose(0, 3, 1, 2, 4)
+
     q, k, v = (to_rows(x, rows) for x in (q, k, v))
-    return to_stream(attend(q, k, v, mask[None], scale=scale, softcap=softcap), rows)
+    bias = jnp.where(mask, 0.0, NEGATIVE)
+    if explicit_mesh() is None:
+        return to_stream(local(q, k, v, bias), rows)
+    return to_stream(jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec)(q, k, v, bias), rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_whole(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(soft_cap(q·k · scale) + bias) v, with q [n, Q, H], k and v [n, H, S], bias [Q, S] -> [n, Q, H].
+
+    No sum over scores is made but in products: of exponentials e as one more column of v, and in the backward pass, where
+    D = sum_s p_s dp_s = <do, o> (arXiv 2205.14135, appendix B.2), not at all. With l = sum e: ds = e (do/l · v - D/l).
+    """
+    return _attend_whole_forward(scale, softcap, q, k, v, bias)[0]
+
+
+def _attend_whole_forward(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+    scores = soft_cap(dot("bqh,bhs->bqs", q, k, None) * scale, softcap) + bias
+    exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(q.dtype)
+    exps = checkpoint_name(exps, SAVED) if exps.shape[-1] <= KEPT else exps
+    wide = jnp.pad(v, ((0, 0), (0, 1), (0, 0)), constant_values=1)
+    found = dot("bqs,bhs->bqh", exps, wide, None)
+    total = checkpoint_name(found[..., -1:], SAVED)
+    out = checkpoint_name((found[..., :-1] / total).astype(q.dtype), SAVED)
+    return out, (q, k, v, exps, total, out)
+
+
+def _attend_whole_backward(scale: float, softcap: float, saved: Any, g: jax.Array) -> tuple[Any, ...]:
+    q, k, v, exps, total, out = saved
+    wide = g.astype(jnp.float32) / total
+    inner = jnp.sum(wide * out.astype(jnp.float32), axis=-1, keepdims=True)
+    g = wide.astype(q.dtype)
+    error = exps.astype(jnp.float32) * (dot("bqh,bhs->bqs", g, v, None) - inner) * scale
+    if softcap:
+        error = error * (1.0 - jnp.square(jnp.tanh(dot("bqh,bhs->bqs", q, k, None) * (scale / softcap))))
+    error = error.astype(q.dtype)
+    # Turned in memory: CPUs run a product over the first axis of both operands many times slower in bfloat16.
+    g, turned = jax.lax.optimization_barrier((g.transpose(0, 2, 1), q.transpose(0, 2, 1)))
+    dq, dk, dv = dot("bqs,bhs->bqh", error, k, None), dot("bhq,bqs->bhs", turned, error, None), dot("bhq,bqs->bhs", g, exps, None)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend_whole.defvjp(_attend_whole_forward, _attend_whole_backward)
 
 
 def block_bias(positions: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax import P
 
 from dccot_jax.model import decoder, head
+from dccot_jax.model.attention import KEPT
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import activation_spec, batch_axes, explicit_mesh, reshard
 from dccot_jax.model.streams import Rows, to_rows
 from dccot_jax.model.taps import Measure, Nudged, Tapped
 
+KEPT_BYTES = 4 << 30  # of outputs of products on one device, up to which the backward pass makes none of them again
 Arrays = Mapping[str, jax.Array]  # of `layout.stream_arrays`: B streams of N tokens and M head positions, S rows in each
 
 
@@ -37,6 +39,14 @@ class Backward(NamedTuple):
     hidden: jax.Array
     labels: jax.Array
     weights: jax.Array
+
+
+def remat_policy(mc: ModelConfig, tokens: int, compute_dtype: str, configured: str) -> str:
+    """ "dots" where a stream of so many tokens leaves room to keep what the policy keeps, else the configured policy."""
+    n, k, d = mc.num_heads, mc.num_kv_heads * mc.head_dim, mc.hidden_size
+    width = 4 * d + 2 * (n * mc.head_dim + k) + 2 * mc.intermediate_size + n * KEPT  # of the last, attention weights, at most
+    size = jnp.dtype(compute_dtype).itemsize * mc.num_layers * tokens * width
+    return "dots" if configured == "nothing_saveable" and size <= KEPT_BYTES else configured
 
 
 def row_losses(params: Any, mc: ModelConfig, x: Arrays, *, compute_dtype: str, remat: str) -> jax.Array:

@@ -25,10 +25,12 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import weight_shapes
 from dccot_jax.records import Dropped, table_to_traces
+from dccot_jax.select.engine import cast_matrices
 from dccot_jax.select.gradients.chunks import Pass, plan_pass, read_pass, run_pass, vectors
 from dccot_jax.select.gradients.features import Adam, Projection, make_features
 from dccot_jax.select.gradients.influence import influence, most_influenced, subtask_directions
 from dccot_jax.select.gradients.norms import make_exact, make_ghost
+from dccot_jax.select.gradients.rows import remat_policy
 from dccot_jax.select.gradients.settings import check_snapshots, feature_weights, validation_sources
 from dccot_jax.select.gradients.subset import choose
 from dccot_jax.select.gradients.validation import Validation, validation_rows
@@ -73,8 +75,8 @@ def grand(
     started, settings = time.monotonic(), cfg.score.gradients
     names = choose(student.mc, settings.norm_subset, key="score.gradients.norm_subset")
     plan = plan_pass("grand", rows, cfg, mesh, out, ctx)
-    program = _FORMS[settings.norm](student.mc, names, cfg.compute_dtype, cfg.train.remat)
-    run_pass(plan, lambda: (program, student.params), cfg, mesh, out, ctx, label="gradient norms")
+    program = _FORMS[settings.norm](student.mc, names, cfg.compute_dtype, _remat(plan, student.mc, cfg))
+    run_pass(plan, lambda: (program, cast_matrices(student.params, cfg.compute_dtype, mesh)), cfg, mesh, out, ctx, label="gradient norms")
     column = {i: float(v) for ids, values in read_pass(plan, out) for i, v in zip(ids, values[:, 0])} if ctx.is_main else {}
     return {"grand": column}, {"grand_weights": list(names), "grand_seconds": round(time.monotonic() - started, 3)}
 
@@ -117,10 +119,10 @@ def less(
     passes: list[tuple[Pass, Pass]] = []
     for snapshot in snapshots:
         step = snapshot["step"]
-        state = _Snapshot(source, step, mesh)
+        state = _Snapshot(source, step, mesh, cfg.compute_dtype)
         pair = [plan_pass(f"{side}-{step}", side_rows, cfg, mesh, out, ctx) for side, side_rows in (("val", known.rows), ("less", pool))]
         for plan, form in zip(pair, (None, adam)):
-            program = make_features(mc, names, projection, form, cfg.compute_dtype, cfg.train.remat)
+            program = make_features(mc, names, projection, form, cfg.compute_dtype, _remat(plan, mc, cfg))
             label = f"{'validation' if form is None else 'training'} features at step {step}"
             run_pass(plan, lambda program=program, state=state: (program, state.tree()), cfg, mesh, out, ctx, label=label)
         passes.append((pair[0], pair[1]))
@@ -143,8 +145,12 @@ def less(
 class _Snapshot:
     """A snapshot that is opened when it is first needed."""
 
-    def __init__(self, source: Artifact, step: int, mesh: Mesh):
-        self._open = lambda: restore_snapshot(source, step, mesh)
+    def __init__(self, source: Artifact, step: int, mesh: Mesh, compute_dtype: str):
+        def opened() -> dict[str, Any]:
+            state = restore_snapshot(source, step, mesh)
+            return state | {"params": cast_matrices(state["params"], compute_dtype, mesh)}
+
+        self._open = opened
         self._tree: dict[str, Any] | None = None
 
     def tree(self) -> dict[str, Any]:
@@ -185,6 +191,11 @@ def _influences(
             columns.setdefault(name, {}).update(zip(ids, value.tolist()))
         steps = {f"step_{snapshot['step']}": vectors(features) for snapshot, (_, features) in zip(snapshots, parts)}
         yield pa.table({"id": pa.array(ids, pa.string()), **steps})
+
+
+def _remat(plan: Pass, mc: ModelConfig, cfg: ConfigDict) -> str:
+    tokens = max((tile.shape.tokens for tile in plan.tiles), default=0)
+    return remat_policy(mc, tokens, cfg.compute_dtype, cfg.train.remat)
 
 
 def _parameters(mc: ModelConfig, names: Sequence[str]) -> int:
