@@ -42,7 +42,8 @@ def default_config() -> ConfigDict:
     c.data_dir = ""  # local files of public tasks; "" asks the hub
     c.compute_dtype = "float32"  # float32 | bfloat16: activations; parameters stay float32
     c.attention = "auto"  # auto | xla | splash (TPU) | cudnn, tokamax (NVIDIA GPU): changes speed and last bits, see docs/training.md
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all remaining devices
+    # -1: all remaining devices. Several TPU slices are joined by data, which must be a multiple of their number.
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     c.student = ConfigDict()
     c.student.path = ""  # Hugging Face directory or .gguf file; "" means random init of `student.model`

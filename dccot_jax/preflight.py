@@ -15,7 +15,7 @@ from dccot_jax.mix.groups import PlanError
 from dccot_jax.model.backends.registry import AttentionError, Need, resolve
 from dccot_jax.model.config import ModelError, from_config
 from dccot_jax.model.gguf_io import is_gguf
-from dccot_jax.model.sharding import MeshError, mesh_shape
+from dccot_jax.model.sharding import MeshError, mesh_shape, slice_count
 from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
@@ -35,26 +35,30 @@ def check(config: ConfigDict, *, devices: bool = True) -> None:
     Raises ConfigError at the first field that cannot work, with the value and what would be accepted.
     """
     config_lib.validate(config)
-    count = _device_count() if devices else None
+    there = _devices() if devices else None
     arms = config_lib.arms(config)
     for name, arm in arms.items():
         try:
-            _check_arm(arm, count)
+            _check_arm(arm, there)
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}" if config.arms else str(error)) from None
     _check_compare(config, list(arms))
 
 
-def _device_count() -> int:
+def _devices() -> tuple[int, int]:
+    """Devices of all hosts, and the slices they are of."""
     import jax
 
-    return jax.device_count()
+    try:
+        return jax.device_count(), slice_count()
+    except MeshError as error:
+        raise ConfigError(f"config.{error}") from None
 
 
-def _check_arm(config: ConfigDict, devices: int | None) -> None:
+def _check_arm(config: ConfigDict, devices: tuple[int, int] | None) -> None:
     _check_tasks(config)
     try:
-        mesh_shape(config_lib.to_plain(config.mesh), devices)
+        mesh_shape(config_lib.to_plain(config.mesh), *(devices or ()))
     except MeshError as error:
         raise ConfigError(f"config.{error}") from None
     check_lora(config.train)

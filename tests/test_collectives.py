@@ -1,4 +1,4 @@
-"""What the compiled train step sends between devices, by kind and count, on four meshes of eight."""
+"""What the compiled train step sends between devices, by kind and count, on four meshes of eight; and between slices."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from fake_devices import tpu_slices
+from jax.experimental import topologies
 from training_cases import TINY, mesh, run_config
 
+from dccot_jax.model.sharding import AXES, make_mesh
 from dccot_jax.train.checkpoint import abstract_params
 from dccot_jax.train.feed import batch_sharding
 from dccot_jax.train.losses import BATCH_FIELDS
@@ -39,8 +43,7 @@ EXPECTED = {
 }
 
 
-def _compiled(sizes):
-    on = mesh(*sizes)
+def _compiled(on):
     train = run_config(remat="nothing_saveable").train
     state = abstract_state(abstract_params(MC, on), make_optimizer(train), on)
     dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
@@ -60,7 +63,7 @@ def _sent(text: str) -> Counter[tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("sizes", EXPECTED)
 def test_collectives_by_kind_and_count(sizes):
-    compiled, state = _compiled(sizes)
+    compiled, state = _compiled(mesh(*sizes))
     data, fsdp, tensor = sizes
     sent = _sent(compiled.as_text())
     expected = EXPECTED[sizes]
@@ -99,3 +102,68 @@ def test_collectives_by_kind_and_count(sizes):
     shardings = jax.tree.leaves(compiled.output_shardings[0])
     for leaf, sharding in zip(jax.tree.leaves(state), shardings, strict=True):
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+def test_only_gradients_and_totals_cross_between_slices(sizes):
+    """Real devices in the order that `make_mesh` gives two slices: which of them each collective joins."""
+    fakes = make_mesh(dict(zip(AXES, sizes)), tpu_slices(2, (2, 2), stand_ins=jax.devices())).devices
+    slice_of = [fake.slice_index for fake in fakes.flat]
+    real = np.vectorize(lambda fake: fake.stands_for, otypes=[object])(fakes)
+    compiled, state = _compiled(jax.sharding.Mesh(real, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3))
+
+    crossing: list[tuple[str, tuple[int, ...]]] = []
+    inside = 0
+    for line in compiled.as_text().splitlines():
+        found = _sent(line)
+        if found and any(len({slice_of[place] for place in group}) > 1 for group in _groups(line)):
+            crossing += found.elements()
+        else:
+            inside += sum(found.values())
+    assert inside > MATRICES * 2  # gathers of weights, scatters of gradients
+    assert {kind for kind, _ in crossing} == {"all-reduce"}
+    # Every one is a device's own share of one layer's gradient, of the table's, or of a norm's, or a number.
+    params = state["params"]
+    shares = Counter(leaf.sharding.shard_shape(leaf.shape)[1:] for leaf in params["layers"].values() if leaf.ndim == 3)
+    shares[params["embed"].sharding.shard_shape(params["embed"].shape)] = 2  # by look-up and by head
+    matrices = Counter(shape for _, shape in crossing if len(shape) == 2)
+    assert matrices == shares
+    assert {shape for _, shape in crossing if len(shape) != 2} <= {(), (MC.hidden_size,)}
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_sends_nothing_but_sums_between_two_slices(monkeypatch):
+    """Compiled for two v5e-16; what crosses the data-centre network is a `send` of the MEGASCALE runtime."""
+    pytest.importorskip("libtpu")
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    on = make_mesh({"data": 2, "fsdp": 4, "tensor": 4}, devices)
+    assert [{device.slice_index for device in row.flat} for row in on.devices] == [{0}, {1}]
+    text = _compiled(on)[0].as_text()
+    kinds = Counter(re.findall(r'send\(.*_xla_megascale_transfer_type="(\w+)"', text))
+    assert set(kinds) == {"ALL_REDUCE"} and kinds["ALL_REDUCE"] >= 3
+    # Every other collective is of one slice's sixteen, which both run alike.
+    groups = re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
+    assert groups and max(int(place) for group in groups for place in re.findall(r"\d+", group)) == 15
+
+
+def _groups(line: str) -> list[list[int]]:
+    """Places in the mesh, in its order, of the devices that a collective joins: the three spellings of HLO."""
+    found = re.search(r"replica_groups=(\{\{[\d,{}]*\}\}|mesh\[[^\]]*\] \{[^}]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line)
+    assert found, line
+    text = found[1]
+    if text.startswith("{"):
+        return [[int(place) for place in group.split(",")] for group in text.strip("{}").split("},{")]
+    if text.startswith("mesh"):
+        sizes = [int(size) for size in re.findall(r"=(\d+)", text)]
+        names, joined = re.findall(r"'(\w+)'=", text), re.findall(r"'(\w+)'[,}]", text)
+        last = [names.index(name) for name in joined]
+        places = np.arange(math.prod(sizes)).reshape(sizes)
+        return np.moveaxis(places, last, range(-len(last), 0)).reshape(-1, math.prod(sizes[axis] for axis in last)).tolist()
+    groups, order, turned = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    sizes = [int(size) for size in order.split(",")]
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    if turned:
+        places = places.transpose([int(axis) for axis in turned.split(",")])
+    return places.reshape([int(size) for size in groups.split(",")]).tolist()

@@ -15,7 +15,7 @@ from dccot_jax import config as config_lib
 from dccot_jax.doctor.examine import Host, examine
 from dccot_jax.doctor.findings import packages, problems
 from dccot_jax.doctor.lines import by_value, one_line, spell
-from dccot_jax.model.sharding import AXES, MeshError, mesh_shape
+from dccot_jax.model.sharding import AXES, MeshError, mesh_shape, slice_count
 
 
 def run(config: ConfigDict | None, workdir: epath.Path | None) -> int:
@@ -78,10 +78,13 @@ def _version_table(hosts: Sequence[Host]) -> Table:
 def _mesh_lines(config: ConfigDict, devices: int) -> list[str]:
     """The mesh of the run, or of each group of arms."""
     arms: dict[str, list[str]] = {}
+    slices = 1
     for name, arm in config_lib.arms(config).items():
         try:
-            shape = mesh_shape(config_lib.to_plain(arm.mesh), devices)
+            slices = slice_count()
+            shape = mesh_shape(config_lib.to_plain(arm.mesh), devices, slices)
         except MeshError:
             continue  # among the findings
         arms.setdefault(" × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True)), []).append(name)
-    return [f"mesh: {mesh} = {devices} device(s)" + (f" ({', '.join(names)})" if len(arms) > 1 else "") for mesh, names in arms.items()]
+    total = f"{devices} device(s)" + (f" of {slices} slices" if slices > 1 else "")
+    return [f"mesh: {mesh} = {total}" + (f" ({', '.join(names)})" if len(arms) > 1 else "") for mesh, names in arms.items()]

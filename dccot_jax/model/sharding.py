@@ -7,11 +7,13 @@ a visible `reshard`. Outside a mesh, or in one with Auto axes, the helpers here 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,25 +65,49 @@ class MeshError(InputError):
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with Explicit axes (data, fsdp, tensor).
 
+    On several TPU slices `data` runs over them, and fsdp and tensor stay inside one: only sums of gradients cross the data-centre
+    network. Devices of other platforms are ordered by host (`slice_index`), so that the inner axes stay inside one where they fit.
+
     Args:
       sizes: devices per axis; a missing axis is 1, and one axis may be -1: all remaining devices.
-      devices: defaults to all devices of all processes.
+      devices: defaults to all devices of all processes; those of one slice are taken in the order given.
 
     Raises:
-      MeshError: an unknown axis, two axes of -1, or sizes that do not multiply to the number of devices.
+      MeshError: an unknown axis, two axes of -1, sizes that do not multiply to the number of devices, or a `data` that is not a
+        multiple of the number of slices.
     """
     found = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(sizes, len(found))
-    kinds = (AxisType.Explicit,) * len(AXES)
-    if devices is None:
-        return jax.make_mesh(shape, AXES, axis_types=kinds)
-    return Mesh(np.array(found).reshape(shape), AXES, axis_types=kinds)
+    slices = slice_count(found)
+    shape = mesh_shape(sizes, len(found), slices)
+    if slices > 1:
+        inside = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), found, allow_split_physical_axes=True)
+    elif devices is None and found[0].platform == "tpu":
+        placed = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+    elif devices is None:  # not jax.make_mesh, which refuses devices of several hosts
+        placed = np.array(sorted(found, key=lambda device: (getattr(device, "slice_index", 0), device.id))).reshape(shape)
+    else:
+        placed = np.array(found).reshape(shape)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def mesh_shape(sizes: Mapping[str, int], devices: int | None = None) -> tuple[int, ...]:
+def slice_count(devices: Sequence[Any] | None = None) -> int:
+    """TPU slices that the devices (default: all of all processes) are of; 1 on other platforms.
+
+    Raises MeshError where the slices have different numbers of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    members = Counter(getattr(device, "slice_index", 0) for device in found if device.platform == "tpu")
+    if len(set(members.values())) > 1:
+        sizes = ", ".join(str(members[index]) for index in sorted(members))
+        raise MeshError(f"mesh: the slices have {sizes} devices; they must be equal")
+    return max(len(members), 1)
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int | None = None, slices: int = 1) -> tuple[int, ...]:
     """Devices per axis, in the order of AXES; with `devices` None only what holds for any number of devices is checked.
 
-    Raises MeshError as `make_mesh` does.
+    slices: TPU slices that the devices are of (`slice_count`). Raises MeshError as `make_mesh` does.
     """
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
@@ -98,6 +124,11 @@ def mesh_shape(sizes: Mapping[str, int], devices: int | None = None) -> tuple[in
         shape[shape.index(-1)] = devices // rest
     if math.prod(shape) != devices:
         raise MeshError(f"mesh: {dict(sizes)} needs {math.prod(shape)} devices, {devices} are there")
+    if shape[0] % slices:
+        raise MeshError(
+            f"mesh: {dict(sizes)} on {slices} slices of {devices // slices} devices: data = {shape[0]} must be a multiple of {slices},"
+            f" so that fsdp × tensor = {shape[1]} × {shape[2]} stays inside a slice, such as mesh.data={slices} mesh.fsdp=-1"
+        )
     return tuple(shape)
 
 

@@ -23,7 +23,7 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import decoder, hf, lora
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.gguf_io import is_gguf
-from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
+from dccot_jax.model.sharding import make_mesh, param_shardings, slice_count, weight_shapes
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
 
@@ -140,7 +140,7 @@ def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]
 
     A training of adapters is written merged, and its adapters beside it in ``adapter/``, a PEFT directory.
     """
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    mesh = make_mesh({"data": slice_count(), "fsdp": -1, "tensor": 1})
     student = load_student(source, mesh)
     hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir, stop_ids=student.stop_ids)
     adapter = student.tokenizer_dir.parent / ADAPTER
