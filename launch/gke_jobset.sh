@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A JobSet on Kubernetes (GKE): one pod per host of a TPU slice, or per GPU node.
+# A JobSet on Kubernetes (GKE): one pod per host of every TPU slice, or per GPU node.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -17,18 +17,21 @@ finished is replaced and one at work is left alone.
   --tpu TYPE               node label gke-tpu-accelerator, such as tpu-v5-lite-podslice
   --topology AxB[xC]       node label gke-tpu-topology, such as 4x4
   --chips N                TPU chips per host; default 4
+  --num-slices N           TPU slices, a node pool each, joined by the mesh axis data (--config.mesh.data=N); default 1
   --gpu TYPE               node label gke-accelerator, such as nvidia-h100-80gb
   --hosts N                GPU nodes; default 1
   --gpus N                 GPUs per node; default 8
   --claim NAME:PATH        mount this PersistentVolumeClaim there, for a workdir that is not a bucket
   --name NAME              of the JobSet; default dccot
   --restarts N             at most this many restarts; default 10"
-OPTIONS=([image]="${IMAGE:-}" [tpu]='' [topology]='' [chips]=4 [gpu]='' [hosts]=1 [gpus]=8 [claim]='' [name]=dccot [restarts]=10)
+OPTIONS=([image]="${IMAGE:-}" [tpu]='' [topology]='' [chips]=4 [num-slices]=1 [gpu]='' [hosts]=1 [gpus]=8 [claim]=''
+  [name]=dccot [restarts]=10)
 parse "$@"
 
 need_name
 need image IMAGE
 need_number chips
+need_number num-slices
 need_number hosts
 need_number gpus
 need_number restarts
@@ -51,13 +54,14 @@ if [[ -n ${OPTIONS[tpu]} && -z ${OPTIONS[gpu]} ]]; then
   hosts=$((chips / OPTIONS[chips]))
   dccot_words --distributed
   resource=google.com/tpu count=${OPTIONS[chips]}
-  # A node pool is a slice: all pods go to one, and no other set gets a part of it.
+  # A node pool is a slice: the pods of a job go to one, and no other job gets a part of it.
   placement='
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool'
   selector="              cloud.google.com/gke-tpu-accelerator: $(json "${OPTIONS[tpu]}")
               cloud.google.com/gke-tpu-topology: $(json "${OPTIONS[topology]}")"
 elif [[ -n ${OPTIONS[gpu]} && -z ${OPTIONS[tpu]} ]]; then
+  ((OPTIONS[num-slices] == 1)) || fail "--num-slices=${OPTIONS[num-slices]} is for --tpu; GPU nodes are counted by --hosts"
   # Names of pods are <set>-<job>-<job index>-<pod index>, and the set is their subdomain.
   dccot_words "--coordinator=$name-hosts-0-0.$name:$port" "--num_processes=$hosts" '--process_id=PROCESS'
   resource=nvidia.com/gpu count=${OPTIONS[gpus]} placement=''
@@ -89,7 +93,7 @@ spec:
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: hosts
-    replicas: 1
+    replicas: ${OPTIONS[num-slices]}
     template:
       spec:
         parallelism: $hosts

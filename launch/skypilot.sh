@@ -27,6 +27,8 @@ need_shared_workdir
 need_tool sky 'install it with pip install skypilot[gcp] (or your cloud)'
 
 if [[ ${OPTIONS[accelerators]} == tpu-* ]]; then
+  # Each slice would be a run of its own, all in one workdir.
+  ((OPTIONS[nodes] == 1)) || fail "--nodes=${OPTIONS[nodes]}: SkyPilot does not join TPU slices; launch/tpu_pod.sh --num-slices does"
   extra=tpu
   dccot_words --distributed
   processes=''

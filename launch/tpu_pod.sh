@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice through queued resources: asked for, waited for, set up, and the same command on every worker.
+# Cloud TPU slices through queued resources: asked for, waited for, set up, and the same command on every worker.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -8,16 +8,17 @@ USAGE="$PROGRAM --zone ZONE --accelerator-type TYPE --runtime-version VERSION --
     [--config.a.b=VALUE ...] [-- CREATE_OPTION ...]
 
 Creates the queued resource if there is none, waits until it is active, copies this checkout to every worker, installs it and runs
-there; JAX finds the other workers by itself. A slice that was preempted is asked for again. The slice stays until you delete it.
-  --name NAME              of the queued resource and its node; default \$TPU_NAME, else dccot
+there; JAX finds the other workers by itself. What was preempted is asked for again. The slices stay until you delete them.
+  --name NAME              of the queued resource and its node (its nodes NAME-0, NAME-1, ...); default \$TPU_NAME, else dccot
   --zone ZONE              default \$ZONE
   --project PROJECT        default \$PROJECT, else gcloud's
   --accelerator-type TYPE  such as v5litepod-16; default \$ACCELERATOR_TYPE
+  --num-slices N           slices of that type, joined by the mesh axis data (--config.mesh.data=N); default 1
   --runtime-version VER    such as v2-alpha-tpuv5-lite; default \$RUNTIME_VERSION
   --spot                   capacity that can be preempted
 Options after -- go to gcloud compute tpus queued-resources create (--reserved, --network=..., --service-account=...)."
 OPTIONS=([name]="${TPU_NAME:-dccot}" [zone]="${ZONE:-}" [project]="${PROJECT:-}" [accelerator-type]="${ACCELERATOR_TYPE:-}"
-  [runtime-version]="${RUNTIME_VERSION:-}")
+  [runtime-version]="${RUNTIME_VERSION:-}" [num-slices]=1)
 SWITCHES=([spot]='')
 parse "$@"
 
@@ -25,6 +26,7 @@ need_name
 need zone ZONE
 need accelerator-type ACCELERATOR_TYPE
 need runtime-version RUNTIME_VERSION
+need_number num-slices
 need_config_in_checkout
 need_shared_workdir
 need_tool gcloud 'install the Google Cloud CLI'
@@ -34,6 +36,11 @@ name=${OPTIONS[name]}
 place=("--zone=${OPTIONS[zone]}")
 [[ -z ${OPTIONS[project]} ]] || place+=("--project=${OPTIONS[project]}")
 tpus=(gcloud compute tpus)
+if ((OPTIONS[num-slices] == 1)); then
+  nodes=("--node-id=$name") kind=tpu-vm every=(--worker=all)
+else
+  nodes=("--node-count=${OPTIONS[num-slices]}" "--node-prefix=$name") kind=queued-resources every=(--node=all --worker=all)
+fi
 
 say() { printf '%s: %s\n' "$PROGRAM" "$1" >&2; }
 
@@ -42,7 +49,7 @@ state() {
 }
 
 create() {
-  local create=("${tpus[@]}" queued-resources create "$name" "--node-id=$name" "${place[@]}"
+  local create=("${tpus[@]}" queued-resources create "$name" "${nodes[@]}" "${place[@]}"
     "--accelerator-type=${OPTIONS[accelerator-type]}" "--runtime-version=${OPTIONS[runtime-version]}")
   [[ -z ${SWITCHES[spot]} ]] || create+=(--spot)
   run "${create[@]}" "${EXTRA[@]}"
@@ -99,5 +106,5 @@ else
   archive=$folder/dccot_jax.tgz
   pack "$archive"
 fi
-run "${tpus[@]}" tpu-vm scp "$archive" "$name:dccot_jax.tgz" "${place[@]}" --worker=all
-run "${tpus[@]}" tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$command"
+run "${tpus[@]}" "$kind" scp "$archive" "$name:dccot_jax.tgz" "${place[@]}" "${every[@]}"
+run "${tpus[@]}" "$kind" ssh "$name" "${place[@]}" "${every[@]}" "--command=$command"

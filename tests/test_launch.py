@@ -110,6 +110,11 @@ def test_facts_of_the_dry_runs(tools):
     assert "queued-resources create dccot --node-id=dccot --zone=z --project=p --accelerator-type=v5litepod-16" in pod
     assert "--spot --network=n" in pod and pod.count("--worker=all") == 2 and "gcsfs" in pod
     xpk = text("xpk.sh", "--", "--priority=high")
+    many = text("tpu_pod.sh", "--num-slices=3")
+    assert "create dccot --node-count=3 --node-prefix=dccot --zone=z" in many and "--node-id" not in many
+    assert "queued-resources scp dccot_jax.tgz dccot:dccot_jax.tgz --zone=z --node=all --worker=all" in many
+    assert "queued-resources ssh dccot --zone=z --node=all --worker=all '--command=" in many and "tpu-vm" not in many
+    assert "--num-slices=2" in text("xpk.sh", "--num-slices", "2")
     assert "--num-slices=1" in xpk and "--max-restarts=10" in xpk and "--priority=high" in xpk
     assert "sky launch --yes --cluster=dccot" in text("skypilot.sh")
     assert "sky jobs launch --yes --name=n" in text("skypilot.sh", "--spot", "--name=n")
@@ -197,6 +202,16 @@ def test_tpu_pod_from_nothing_to_dccot(tools, tmp_path):
     assert not (worker / "dccot_jax" / "pwned").exists()
 
 
+def test_tpu_pods_of_several_slices(tools, tmp_path):
+    _worker(tools, states=["", "ACTIVE"])
+    done = launch(
+        "tpu_pod.sh", tools, *NEEDED["tpu_pod.sh"], "--num-slices=2", f"--config={CONFIG}", f"--workdir={BUCKET}", *NASTY
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert _verbs(tmp_path) == ["describe", "create", "describe", "scp", "ssh"]
+    assert recorded(tmp_path / "dccot.log") == [["run", *REMOTE]]
+
+
 @pytest.mark.parametrize(
     ("states", "verbs", "code"),
     [
@@ -254,6 +269,15 @@ def test_jobset_of_a_tpu_slice(tools):
     # Bad input is not tried again; a lost host is.
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {"containerName": "dccot", "operator": "In", "values": [2]}
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 10
+
+
+def test_jobset_of_several_slices(tools):
+    """A job is a slice: as many jobs, each of a slice's hosts and alone in its node pool."""
+    manifest = _manifest(tools, *NEEDED["gke_jobset.sh"], "--num-slices=3")
+    (jobs,) = manifest["spec"]["replicatedJobs"]
+    assert jobs["replicas"] == 3 and jobs["template"]["spec"]["parallelism"] == jobs["template"]["spec"]["completions"] == 4
+    assert manifest["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    assert _manifest(tools, *NEEDED["gke_jobset.sh"])["spec"]["replicatedJobs"][0]["replicas"] == 1
 
 
 def test_jobset_of_gpu_nodes(tools):
@@ -333,6 +357,17 @@ def _kubernetes(word: str, variables: dict[str, str]) -> str:
         (["gke_jobset.sh"], [f"--config={CONFIG}", "--workdir=gs://b/r", "--topology=4by4"], "--topology=4by4 must be AxB"),
         (["gke_jobset.sh"], [f"--config={CONFIG}", "--workdir=gs://b/r", "--topology=1x2"], "has 2 chips, which are no whole hosts"),
         (["gke_jobset.sh"], [f"--config={CONFIG}", "--workdir=gs://b/r", "--gpu=x"], "one of --tpu and --gpu is needed"),
+        (
+            ["gke_jobset.sh"],
+            [f"--config={CONFIG}", "--workdir=gs://b/r", "--tpu=", "--gpu=x", "--num-slices=2"],
+            "--num-slices=2 is for --tpu",
+        ),
+        (
+            ["tpu_pod.sh", "gke_jobset.sh", "xpk.sh"],
+            [f"--config={CONFIG}", "--workdir=gs://b/r", "--num-slices=0"],
+            "--num-slices=0 must be",
+        ),
+        (["skypilot.sh"], [f"--config={CONFIG}", "--workdir=gs://b/r", "--nodes=2"], "--nodes=2: SkyPilot does not join TPU slices"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(scripts, arguments, message, tools):
