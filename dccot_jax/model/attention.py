@@ -161,11 +161,7 @@ def attend_rows(
         mask = mask & window_mask(length, window)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-        count, _, heads, groups, width = q.shape
-        q = q.transpose(0, 2, 3, 1, 4).reshape(count * heads, groups * length, width)
-        k, v = (x.transpose(0, 2, 3, 1).reshape(count * heads, width, length) for x in (k, v))
-        out = _attend_whole(scale, softcap, q, k, v, jnp.tile(bias, (groups, 1)))
-        return out.reshape(count, heads, groups, length, width).transpose(0, 3, 1, 2, 4)
+        return _attend_whole(scale, softcap, q, k, v, bias)
 
     q, k, v = (to_rows(x, rows) for x in (q, k, v))
     bias = jnp.where(mask, 0.0, NEGATIVE)
@@ -176,7 +172,7 @@ def attend_rows(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_whole(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """softmax(soft_cap(q·k · scale) + bias) v, with q [n, Q, H], k and v [n, H, S], bias [Q, S] -> [n, Q, H].
+    """softmax(soft_cap(q·k · scale) + bias) v, with q [R, T, K, G, H], k and v [R, T, K, H], bias [T, T] -> like q.
 
     No sum over scores is made but in products: of exponentials e as one more column of v, and in the backward pass, where
     D = sum_s p_s dp_s = <do, o> (arXiv 2205.14135, appendix B.2), not at all. With l = sum e: ds = e (do/l · v - D/l).
@@ -185,29 +181,46 @@ def _attend_whole(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: j
 
 
 def _attend_whole_forward(scale: float, softcap: float, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
-    scores = soft_cap(dot("bqh,bhs->bqs", q, k, None) * scale, softcap) + bias
+    rows, length, heads, groups, width = q.shape
+    scores = soft_cap(dot("bqh,bhs->bqs", _by_query(q), _by_width(k), None) * scale, softcap) + jnp.tile(bias, (groups, 1))
     exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(q.dtype)
-    exps = checkpoint_name(exps, SAVED) if exps.shape[-1] <= KEPT else exps
-    wide = jnp.pad(v, ((0, 0), (0, 1), (0, 0)), constant_values=1)
+    exps = checkpoint_name(exps, SAVED) if length <= KEPT else exps
+    wide = jnp.pad(_by_width(v), ((0, 0), (0, 1), (0, 0)), constant_values=1)
     found = dot("bqs,bhs->bqh", exps, wide, None)
     total = checkpoint_name(found[..., -1:], SAVED)
     out = checkpoint_name((found[..., :-1] / total).astype(q.dtype), SAVED)
-    return out, (q, k, v, exps, total, out)
+    return out.reshape(rows, heads, groups, length, width).transpose(0, 3, 1, 2, 4), (q, k, v, exps, total, out)
 
 
 def _attend_whole_backward(scale: float, softcap: float, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     q, k, v, exps, total, out = saved
-    wide = g.astype(jnp.float32) / total
+    rows, length, heads, groups, width = q.shape
+    keys, values = _by_width(k), _by_width(v)
+    wide = _by_query(g).astype(jnp.float32) / total
     inner = jnp.sum(wide * out.astype(jnp.float32), axis=-1, keepdims=True)
-    g = wide.astype(q.dtype)
-    error = exps.astype(jnp.float32) * (dot("bqh,bhs->bqs", g, v, None) - inner) * scale
+    error = exps.astype(jnp.float32) * (dot("bqh,bhs->bqs", wide.astype(q.dtype), values, None) - inner)
     if softcap:
-        error = error * (1.0 - jnp.square(jnp.tanh(dot("bqh,bhs->bqs", q, k, None) * (scale / softcap))))
+        error = error * (1.0 - jnp.square(jnp.tanh(dot("bqh,bhs->bqs", _by_query(q), keys, None) * (scale / softcap))))
     error = error.astype(q.dtype)
-    # Turned in memory: CPUs run a product over the first axis of both operands many times slower in bfloat16.
-    g, turned = jax.lax.optimization_barrier((g.transpose(0, 2, 1), q.transpose(0, 2, 1)))
-    dq, dk, dv = dot("bqs,bhs->bqh", error, k, None), dot("bhq,bqs->bhs", turned, error, None), dot("bhq,bqs->bhs", g, exps, None)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq = (dot("bqs,bhs->bqh", error, keys, None) * scale).astype(q.dtype)
+    # Turned in memory, by more than the product could undo: CPUs make sums over the first axis of both operands in float32.
+    turned = (_by_width(g).astype(jnp.float32) / total.swapaxes(1, 2)).astype(q.dtype)
+    dk = (dot("bhq,bqs->bhs", _by_width(q), error, None) * scale).astype(k.dtype)
+    dv = dot("bhq,bqs->bhs", turned, exps, None).astype(v.dtype)
+    dk, dv = (x.reshape(rows, heads, width, length).transpose(0, 3, 1, 2) for x in (dk, dv))
+    return dq.reshape(rows, heads, groups, length, width).transpose(0, 3, 1, 2, 4), dk, dv, None
+
+
+def _by_query(x: jax.Array) -> jax.Array:
+    """[R, T, K, G, H] -> [R·K, G·T, H]."""
+    rows, length, heads, groups, width = x.shape
+    return x.transpose(0, 2, 3, 1, 4).reshape(rows * heads, groups * length, width)
+
+
+def _by_width(x: jax.Array) -> jax.Array:
+    """[R, T, K, G, H] -> [R·K, H, G·T], or [R, T, K, H] -> [R·K, H, T]."""
+    rows, _, heads, *_, width = x.shape
+    return x.transpose(0, 2, *range(x.ndim - 1, 2, -1), 1).reshape(rows * heads, width, -1)
 
 
 _attend_whole.defvjp(_attend_whole_forward, _attend_whole_backward)

@@ -276,9 +276,15 @@ def finish_layer(p: Params, mc: ModelConfig, x: jax.Array, attended: jax.Array) 
     y = _biased(p, "bo", _project(p, mc, attended.reshape(*x.shape[:2], mc.num_heads * mc.head_dim), "wo"))
     x = x + (rms_norm(y, p["attn_post_norm"], mc) if mc.arch.post_norms else y)
     h = rms_norm(x, p["mlp_norm"], mc)
-    gate = _ACTIVATIONS[mc.arch.activation](_biased(p, "b_gate", _project(p, mc, h, "w_gate")))
-    y = _biased(p, "b_down", _project(p, mc, gate * _biased(p, "b_up", _project(p, mc, h, "w_up")), "w_down"))
+    gate, up = (_biased(p, "b_" + name, _project(p, mc, h, "w_" + name)) for name in ("gate", "up"))
+    y = _biased(p, "b_down", _project(p, mc, _gated(mc.arch.activation, gate, up), "w_down"))
     return x + (rms_norm(y, p["mlp_post_norm"], mc) if mc.arch.post_norms else y)
+
+
+@partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """activation(gate) * up, in float32 and rounded once; for the backward pass only the arguments are kept."""
+    return (_ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, mc: ModelConfig) -> jax.Array:
