@@ -137,16 +137,21 @@ def compare(
     return found
 
 
-def scaling(counts: Sequence[int]) -> dict[str, Any]:
-    """Seconds and peak memory of scoring synthetic rows with a tiny model, per number of rows, each in a fresh process."""
-    found = {}
-    for count in counts:
-        run = subprocess.run([sys.executable, __file__, "--synthetic", str(count)], check=True, capture_output=True, text=True)
-        found[count] = json.loads(run.stdout.splitlines()[-1])
+SYNTHETIC = 100_000  # rows scored in all, for every number of rows
+
+
+def scaling(counts: Sequence[int], rounds: int = 2) -> dict[str, Any]:
+    """Seconds (mean of the rounds) and peak memory of scoring synthetic rows with a tiny model, per number of rows; fresh processes."""
+    runs: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count in counts:
+            run = subprocess.run([sys.executable, __file__, "--synthetic", str(count)], check=True, capture_output=True, text=True)
+            runs[count].append(json.loads(run.stdout.splitlines()[-1]))
+    found = {count: {key: sum(run[key] for run in own) / rounds for key in own[0]} for count, own in runs.items()}
     first, last = min(counts), max(counts)
     slope = (found[last]["seconds"] / last) / (found[first]["seconds"] / first)
     per_row = (found[last]["peak_mb"] - found[first]["peak_mb"]) * 2**20 / (last - first)
-    return {"runs": {str(n): run for n, run in found.items()}, "seconds_per_row_ratio": slope, "peak_bytes_per_row": per_row}
+    return {"runs": {str(n): own for n, own in runs.items()}, "seconds_per_row_ratio": slope, "peak_bytes_per_row": per_row}
 
 
 def synthetic(count: int) -> None:
@@ -174,7 +179,8 @@ def synthetic(count: int) -> None:
         ours.params = decoder.init_params(mc, 0)
     ours.score(rows[:5000], [1, 2, 3])  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = min(ours.score(rows, [1, 2, 3])[0] for _ in range(max(1, 20000 // count)))  # short runs are repeated, up to the same length
+    repeats = max(1, SYNTHETIC // count)  # as many rows for every count: a busy moment of the machine weighs alike
+    seconds = sum(ours.score(rows, [1, 2, 3])[0] for _ in range(repeats)) / repeats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024, "grown_mb": (peak - before) / 1024, "tokens_mb": buffer.nbytes / 2**20}))
 
