@@ -162,9 +162,11 @@ def _merged(out: ArtifactWriter, series: Sequence[str], count: int, digests: dic
     for part in series:
         for index in range(count):
             table = read_committed(out, part, index)
-            for row in range(table.num_rows):
+            columns = [table[name].combine_chunks() for name in ("ids", "logp")]
+            numbers = [(column.values.to_numpy(), np.asarray(column.offsets)) for column in columns]
+            for row, name in enumerate(table["id"].to_pylist()):
                 digest = hashlib.sha256()
-                for name in ("ids", "logp"):
-                    digest.update(table[name][row].values.to_numpy(zero_copy_only=False).tobytes())
-                digests[table["id"][row].as_py()] = digest.hexdigest()
+                for values, offsets in numbers:
+                    digest.update(values[offsets[row] : offsets[row + 1]])
+                digests[name] = digest.hexdigest()
             yield table
