@@ -1,4 +1,5 @@
-"""Load a checkpoint in a process of its own, or in one of two, and print, as JSON, how much anonymous memory that took at most, in bytes.
+"""Load a checkpoint in a process of its own, or in one of two, and print, as JSON and in bytes, how much anonymous memory that took at
+most, and how much of the file was read.
 
 The baseline is taken when JAX has started and every module is in: a tiny checkpoint has been loaded through the same programs.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 
 from dccot_jax.model.hf import load_hf
+from dccot_jax.model.safetensors_io import TensorReader
 from dccot_jax.model.sharding import make_mesh
 
 
@@ -41,13 +43,15 @@ def main(tiny: str, large: str, dtype: str, fsdp: int, port: str, index: int) ->
     mesh = make_mesh({"fsdp": fsdp}) if fsdp > 1 else None
     load_hf(tiny, mesh, dtype=dtype, block_bytes=1)
     baseline = anonymous()
+    reader = TensorReader(large)
     peak = Peak()
     peak.start()
-    _, params = load_hf(large, mesh, dtype=dtype)
+    _, params = load_hf(large, mesh, dtype=dtype, reader=reader)
     peak.over.set()
     peak.join()
     target = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-    print(json.dumps({"above": peak.value - baseline, "end": anonymous() - baseline, "target": target}))
+    read = sum(reader.bytes_read.values())
+    print(json.dumps({"above": peak.value - baseline, "end": anonymous() - baseline, "target": target, "read": read}))
 
 
 if __name__ == "__main__":
