@@ -149,21 +149,25 @@ def test_the_tpu_compiler_sends_nothing_but_sums_between_two_slices(monkeypatch)
 
 
 def _groups(line: str) -> list[list[int]]:
-    """Places in the mesh, in its order, of the devices that a collective joins: the three spellings of HLO."""
-    found = re.search(r"replica_groups=(\{\{[\d,{}]*\}\}|mesh\[[^\]]*\] \{[^}]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line)
-    assert found, line
-    text = found[1]
-    if text.startswith("{"):
-        return [[int(place) for place in group.split(",")] for group in text.strip("{}").split("},{")]
-    if text.startswith("mesh"):
-        sizes = [int(size) for size in re.findall(r"=(\d+)", text)]
-        names, joined = re.findall(r"'(\w+)'=", text), re.findall(r"'(\w+)'[,}]", text)
-        last = [names.index(name) for name in joined]
-        places = np.arange(math.prod(sizes)).reshape(sizes)
-        return np.moveaxis(places, last, range(-len(last), 0)).reshape(-1, math.prod(sizes[axis] for axis in last)).tolist()
-    groups, order, turned = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    sizes = [int(size) for size in order.split(",")]
-    places = np.arange(math.prod(sizes)).reshape(sizes)
-    if turned:
-        places = places.transpose([int(axis) for axis in turned.split(",")])
-    return places.reshape([int(size) for size in groups.split(",")]).tolist()
+    """Places in the mesh, in its order, of the devices that a collective joins: the spellings of HLO."""
+    if lists := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
+        return [[int(place) for place in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", lists[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+)", line):
+        return _places(iota[2]).reshape(_numbers(iota[1])).tolist()
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line)
+    assert axes, line
+    names, joined = re.findall(r"'(\w+)'=", axes[1]), re.findall(r"'(\w+)'", axes[3])
+    sizes, last = [int(size) for size in re.findall(r"=(\d+)", axes[1])], [names.index(name) for name in joined]
+    places = _places(axes[2] or f"[{math.prod(sizes)}]").reshape(sizes)
+    return np.moveaxis(places, last, range(-len(last), 0)).reshape(-1, math.prod(sizes[axis] for axis in last)).tolist()
+
+
+def _places(text: str) -> np.ndarray:
+    """[4,2]T(1,0): the numbers from 0 on in that shape, its axes then in that order, as one row."""
+    sizes, _, turned = text.partition("T")
+    places = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (places.transpose(_numbers(turned)) if turned else places).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
