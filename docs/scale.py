@@ -1,6 +1,6 @@
 """Make docs/scale.md: `dccot estimate` for five students on four slices.
 
-  python docs/scale.py            analytic figures of all cells; the compiler's figures that docs/scale.json has are kept
+  python docs/scale.py            analytic figures of all cells; the compiler's figures of the same trainings in docs/scale.json are kept
   python docs/scale.py --aot CELL [CELL ...]   compile these cells too, e.g. qwen2.5-0.5b/v5e-16 (needs the extra `aot`)
 
 Every figure comes from the command's JSON, kept in docs/scale.json.
@@ -63,11 +63,11 @@ def row(cell: str, result: dict[str, Any]) -> str:
     columns = (
         student,
         slice_,
+        result["training"]["attention"],
         result["training"]["microbatches"],
         f"{(memory['parameters'] + memory['optimizer']) / GIB:.2f}",
-        f"{memory['total'] / GIB:.1f}",
-        f"{compiler['total'] / GIB:.1f}" if compiler else "",
-        f"{memory['total'] / compiler['total'] - 1:+.0%}" if compiler else "",
+        *against(memory, compiler, "allocated"),
+        *against(memory, compiler, "total"),
         f"{memory['available'] / GIB:.1f}",
         "yes" if result["fits"] else "no",
         ("yes" if compiler["fits"] else "no") if compiler else "",
@@ -79,6 +79,13 @@ def row(cell: str, result: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, columns)) + " |"
 
 
+def against(memory: dict[str, Any], compiler: dict[str, Any] | None, key: str) -> tuple[str, str, str]:
+    """A figure, the compiler's, and by how much the first is off; the latter empty where there is none."""
+    ours = memory[key]
+    theirs = compiler[key] if compiler else None
+    return (f"{ours / GIB:.1f}", *((f"{theirs / GIB:.1f}", f"{ours / theirs - 1:+.1%}") if theirs else ("", "")))
+
+
 def main(arguments: list[str]) -> None:
     compiled = set(arguments[1:]) if arguments[:1] == ["--aot"] else set()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
@@ -87,19 +94,20 @@ def main(arguments: list[str]) -> None:
     if unknown:
         sys.exit(f"unknown cell {', '.join(sorted(unknown))}; cells are {', '.join(cells)}")
     for cell in cells:
-        before = store.get(cell, {}).get("compiler")
-        result = estimate(*cell.split("/"), cell in compiled)
-        result["compiler"] = result["compiler"] or before
+        known, result = store.get(cell, {}), estimate(*cell.split("/"), cell in compiled)
+        if known.get("training") == result["training"]:
+            result["compiler"] = result["compiler"] or known["compiler"]
         store[cell] = {key: value for key, value in result.items() if key != "data"}
         print(row(cell, store[cell]), flush=True)
         STORE.write_text(json.dumps(store, indent=1) + "\n")
     before, rest = PAGE.read_text().split(OPEN)
     _, after = rest.split(CLOSE)
     heads = (
-        *("student", "slice", "micro-batches", "state GiB", "total GiB", "compiler: total GiB", "off by", "available GiB", "fits"),
-        *("compiler: fits", "step s", "bound by", "MFU", "smallest change that fits"),
+        *("student", "slice", "attention", "micro-batches", "state GiB", "needed GiB", "compiler: needed", "off by"),
+        *("total GiB", "compiler: total", "off by", "available GiB", "fits", "compiler: fits"),
+        *("step s", "bound by", "MFU", "smallest change that fits"),
     )
-    lines = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 3) + " --- |"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- | --- |" + " ---: |" * (len(heads) - 4) + " --- |"]
     lines += [row(cell, store[cell]) for cell in cells]
     PAGE.write_text(before + OPEN + "\n" + "\n".join(lines) + "\n" + CLOSE + after)
 

@@ -17,6 +17,7 @@ from dccot_jax import config as config_lib
 from dccot_jax.cli import main
 from dccot_jax.config import ConfigError
 from dccot_jax.estimate.assess import assess
+from dccot_jax.estimate.attention import student_attention
 from dccot_jax.estimate.data import calls_per_question, data_totals
 from dccot_jax.estimate.flops import executed_flops, forward_per_token, model_flops, muon_flops
 from dccot_jax.estimate.memory import batch_bytes, fits, gradient_bytes, optimizer_bytes, parameter_bytes, step_memory, teacher_bytes
@@ -24,6 +25,7 @@ from dccot_jax.estimate.roofline import link_bytes, predict
 from dccot_jax.estimate.student import student_model
 from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
 from dccot_jax.estimate.training import Training, training_of, weights
+from dccot_jax.model.backends.registry import AttentionError
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.hf import from_hf
 from dccot_jax.model.lora import with_adapters
@@ -59,7 +61,7 @@ def bytes_per_device(tree) -> int:
 def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
     on = mesh(*sizes)
     config = tiny_config(train__optimizer=optimizer, **{f"train__{key}": value for key, value in lora.items()})
-    training = dataclasses.replace(training_of(config, mc, math.prod(sizes), teacher=UNTIED)[0], mesh=sizes)
+    training = dataclasses.replace(training_of(config, mc, find_topology(f"v5e-{math.prod(sizes)}"), teacher=UNTIED)[0], mesh=sizes)
     params, constants = abstract_trained(training.mc, on, config.train)
     state = abstract_state(params, make_optimizer(config.train), on, constants)
     assert parameter_bytes(training) == bytes_per_device([state["params"], state.get("frozen", {})])
@@ -91,14 +93,19 @@ def test_eight_billion_by_hand():
     assert model_flops(BASE) == 3 * (linear + attention + head) * 64 * 4096
     # Six FLOPs per parameter and token, less the table's look-up, is within the attention's share of it.
     assert model_flops(BASE) / (6 * 8.03e9 * 64 * 4096) == pytest.approx(1.0, abs=0.08)
-    assert executed_flops(BASE)["compute"] == 4 * (linear + 2 * attention + head) * 4096
+    # Attention: forward, again for the backward pass, 5 products there for the forward pass's 2, over the blocks of eight up to the
+    # diagonal; splash has eight blocks of 512 too, and 7 products.
+    pairs = 4096**2 * 9 / 16 / (4096**2 / 2)
+    for backend, passes in (("xla", 4.5), ("splash", 5.5)):
+        found = executed_flops(dataclasses.replace(BASE, attention=backend))["compute"]
+        assert found == 4 * (linear + head) * 4096 + passes * pairs * attention * 4096
 
 
 def test_roofline_by_hand():
-    """The same step on v5p-128: compute binds, 4/3 for recomputing and the other half of attention are not in MFU."""
+    """The same step on v5p-128: compute binds, 4/3 for recomputing and what attention computes in vain are not in MFU."""
     found = predict(BASE, find_topology("v5p-128"))
     forward = forward_per_token(EIGHT, 4096)
-    executed = 4 * (forward.linear + 2 * forward.attention + forward.head) * 4096
+    executed = (4 * (forward.linear + forward.head) + 4.5 * 9 / 8 * forward.attention) * 4096
     assert found["seconds"]["compute"] == pytest.approx(executed / 459e12)
     assert found["step_seconds"] == max(found["seconds"].values())
     useful = 3 * forward.total * 4096
@@ -145,7 +152,7 @@ def test_muon_flops_are_what_the_compiler_counts():
 
 
 def test_memory_follows_the_settings():
-    total = lambda **changes: step_memory(dataclasses.replace(BASE, rows=512, **changes)).total  # noqa: E731
+    total = lambda **changes: step_memory(dataclasses.replace(BASE, rows=512, **changes)).allocated  # noqa: E731
     assert total(microbatches=8) < total(microbatches=2) < total()
     assert total() < total(remat="dots") < total(remat="none")
     assert total(tokens=2048) < total()
@@ -156,6 +163,40 @@ def test_memory_follows_the_settings():
     assert total(mc=with_adapters(EIGHT, 16, 32.0, 0.0, ("q_proj", "v_proj")), frozen_dtype="bfloat16") < total()
     assert total(optimizer="adafactor") < total()
     assert step_memory(BASE).phases[step_memory(BASE).peak] == max(step_memory(BASE).phases.values())
+
+
+@pytest.mark.parametrize("microbatches", [1, 8])
+def test_attention_of_a_flash_backend_by_hand(microbatches):
+    """Splash pads 4,000 positions to 4,096 and a head's 80 dimensions to 128: eight arrays like q or k and two float32 sums, each eight
+    times; nothing grows with the square of a row. Whole scores are a hundred times that.
+    """
+    mc = dataclasses.replace(EIGHT, head_dim=80)
+    training = dataclasses.replace(BASE, mc=mc, rows=512, microbatches=microbatches, tokens=4000, attention="splash")
+    rows = 8 // microbatches
+    found = student_attention(training)
+    assert found.backward_bytes() == rows * 4096 * ((4 * 32 + 4 * 8) * 128 * 2 + 32 * 16 * 4)
+    assert found.forward_bytes() == rows * 4096 * ((2 * 32 + 2 * 8) * 128 * 2 + 32 * 128 * 4)
+    assert found.pairs() == 36 * 512**2  # eight blocks of queries and of keys
+    longer = dataclasses.replace(found, tokens=8 * 4096)
+    assert longer.backward_bytes() == 8 * found.backward_bytes() and longer.pairs() == 64 * 65 / 2 * 512**2
+    scores = student_attention(dataclasses.replace(training, attention="xla"))
+    assert scores.backward_bytes() == rows * 4000**2 * 32 * 12 > 30 * found.backward_bytes()
+    packed = student_attention(dataclasses.replace(training, attention="cudnn"))
+    assert packed.backward_bytes() == rows * 4000 * ((4 * 32 + 4 * 8) * 80 * 2 + 32 * 2 * 4 + 4000 * 3)
+
+
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_kernels_need_less_than_scores(backend):
+    scores, kernel = (dataclasses.replace(BASE, tokens=16384, attention=name) for name in ("xla", backend))
+    assert step_memory(kernel).phases["layers"] < step_memory(scores).phases["layers"]
+    assert predict(kernel, find_topology("v5p-128"))["seconds"]["memory"] < predict(scores, find_topology("v5p-128"))["seconds"]["memory"]
+
+
+def test_loops_are_what_the_layers_keep_the_heads_gradient_and_sums():
+    kept, head = 32 * 4096 * 4096 * 2, 128256 * 4096 * 4
+    assert step_memory(BASE).loops == kept + head
+    several = dataclasses.replace(BASE, rows=128, microbatches=2)
+    assert step_memory(several).loops == kept + head + gradient_bytes(several)
 
 
 def test_layers_add_their_inputs_and_their_gradients():
@@ -228,6 +269,29 @@ def test_rows_beyond_the_students_positions_are_refused():
         student_model(config)
 
 
+@pytest.mark.parametrize(
+    ("asked", "topology", "changes", "taken"),
+    [
+        ("auto", "v6e-256", {}, "splash"),
+        ("auto", "a100x8", {}, "cudnn"),
+        ("auto", "cpu", {}, "xla"),
+        ("xla", "v6e-256", {}, "xla"),
+        ("auto", "v5p-128", {"compute_dtype": "float32"}, "xla"),
+        ("auto", "v5e-16", {"train__row_tokens": 256, "tokens__max_length": 256}, "xla"),
+    ],
+)
+def test_attention_is_that_of_the_trainer_on_that_machine(asked, topology, changes, taken):
+    config = shipped("qwen2.5-1.5b", attention=asked, **changes)
+    assert assess(config, topology, compile_for=False)["training"]["attention"] == taken
+
+
+def test_a_backend_that_the_machine_does_not_have_is_refused(capsys):
+    with pytest.raises(AttentionError, match=r"'cudnn' needs an NVIDIA GPU; this is TPU v5 lite.*'splash'"):
+        assess(shipped("qwen2.5-1.5b", attention="cudnn"), "v5e-16", compile_for=False)
+    command = ["estimate", f"--config={ROOT}/configs/llama3_1_svamp.py", "--topology=h100x8", "--config.attention=splash"]
+    assert main(command) == 2 and "'splash' needs a TPU" in capsys.readouterr().err
+
+
 # --- the verdict and the advice ----------------------------------------------------------------------------------------
 
 
@@ -240,12 +304,12 @@ def shipped(name: str, **changes) -> config_lib.ConfigDict:
     ("config", "topology"),
     [
         (shipped("qwen2.5-1.5b", train__remat="none"), "v5e-16"),  # too many rows at a time
-        (shipped("llama-3.1-8b"), "v5e-16"),  # no setting is enough: a larger slice
+        (shipped("qwen2.5-32b"), "v5e-16"),  # no setting is enough: a larger slice
         (shipped("llama-3.1-8b", mesh__data=8, mesh__fsdp=1), "h100x8"),  # replicas are too large
         (shipped("qwen2.5-0.5b", train__rows_per_step=8), "v5e-16"),  # fewer rows than chips
         (shipped("qwen2.5-0.5b", mesh__fsdp=4, mesh__tensor=2), "v5e-16"),  # the mesh is for another number of chips
     ],
-    ids=["rows", "8B", "replicas", "few rows", "mesh"],
+    ids=["rows", "32B", "replicas", "few rows", "mesh"],
 )
 def test_advice_fits_when_it_is_followed(config, topology):
     result = assess(config, topology, compile_for=False)
@@ -253,7 +317,7 @@ def test_advice_fits_when_it_is_followed(config, topology):
     for option in result["advice"]:
         followed = assess(config_lib.override(config, option["change"]), option["topology"], compile_for=False)
         assert followed["fits"] and followed["advice"] == []
-        assert followed["memory"]["total"] == option["total_bytes"]
+        assert followed["memory"]["allocated"] == option["allocated_bytes"]
         assert followed["prediction"]["step_seconds"] == option["step_seconds"]
 
 
@@ -265,8 +329,8 @@ def test_what_fits_gets_no_advice_and_what_cannot_fit_gets_none():
 
 def test_the_limit_is_the_chips_memory():
     topology = find_topology("v5e-16")
-    training, _ = training_of(shipped("qwen2.5-0.5b"), student_model(shipped("qwen2.5-0.5b"))[0], topology.chips)
-    total = step_memory(training).total
+    training, _ = training_of(shipped("qwen2.5-0.5b"), student_model(shipped("qwen2.5-0.5b"))[0], topology)
+    total = step_memory(training).allocated
     at = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=total))
     below = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=total - 1))
     assert fits(step_memory(training), at) and not fits(step_memory(training), below)
@@ -335,34 +399,36 @@ KEYS = {
 }
 ARGUMENTS = ("parameters", "optimizer", "teacher", "batch")
 TEMPORARIES = ("gradients", "activations", "copies", "logits", "temporaries")
-TOTALS = ("arguments", "peak_temporaries", "total", "available")
+TOTALS = ("arguments", "peak_temporaries", "allocated", "loops", "total", "available")
 
 
 @pytest.mark.parametrize(
-    ("config", "topology"),
+    ("config", "topology", "attention"),
     [
-        ("quickstart.py", "cpu"),
-        ("quickstart.py", "v5e-16"),
-        ("tiny_arms.py", "h100x8"),
-        ("qwen2_5_svamp.py:0.5b", "v5e-16"),
-        ("llama3_1_svamp.py", "v5p-128"),
+        ("quickstart.py", "cpu", "xla"),
+        ("quickstart.py", "v5e-16", "xla"),
+        ("tiny_arms.py", "h100x8", "xla"),
+        ("qwen2_5_svamp.py:0.5b", "v5e-16", "splash"),
+        ("qwen2_5_svamp.py:0.5b", "h100x8", "cudnn"),
+        ("llama3_1_svamp.py", "v5p-128", "splash"),
     ],
 )
-def test_json_schema(config, topology, capsys):
+def test_json_schema(config, topology, attention, capsys):
     assert main(["estimate", f"--config={ROOT}/configs/{config}", f"--topology={topology}", "--json", "--noaot"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {name: type(value) for name, value in result.items() if not isinstance(value, KEYS[name])} == {} and set(result) == set(KEYS)
     assert all(isinstance(result["memory"][name], int) and result["memory"][name] >= 0 for name in (*ARGUMENTS, *TEMPORARIES, *TOTALS))
     assert sum(result["memory"][name] for name in ARGUMENTS) == result["memory"]["arguments"]
-    assert result["topology"]["name"] == topology and result["memory"]["total"] > 0
+    assert result["topology"]["name"] == topology and result["memory"]["allocated"] > 0
+    assert result["training"]["attention"] == attention
     assert 0 < result["prediction"]["mfu"] < 1
     assert result["fits"] or result["advice"] or result["problem"]
 
 
 def test_tables_are_printed(capsys):
-    assert main(["estimate", f"--config={ROOT}/configs/llama3_1_svamp.py", "--topology=v5e-16", "--noaot"]) == 0
+    assert main(["estimate", f"--config={ROOT}/configs/llama3_1_svamp.py", "--topology=v5e-8", "--noaot"]) == 0
     shown = capsys.readouterr().out
-    for words in ("does not fit", "smallest change that fits", "--topology=v5e-", "optimizer state", "MFU", "8,030,261,248"):
+    for words in ("does not fit", "smallest change that fits", "--topology=v5e-", "optimizer state", "MFU", "8,030,261,248", "splash"):
         assert words in shown
 
 

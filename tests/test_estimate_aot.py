@@ -1,4 +1,4 @@
-"""The TPU compiler's figures beside the analytic ones; needs libtpu (extra `aot`), no TPU. Each compilation takes a minute or more."""
+"""The TPU compiler's figures beside the analytic ones; needs libtpu (extra `aot`), no TPU. Each compilation takes a minute or two."""
 
 from __future__ import annotations
 
@@ -40,16 +40,19 @@ def test_without_libtpu_aot_says_what_to_install(capsys):
     ("student", "topology", "changes"),
     [
         ("qwen2.5-0.5b", "v5e-16", {}),
-        ("qwen2.5-0.5b", "v5e-16", {"train.row_tokens": 8192, "tokens.max_length": 256}),  # does not fit
-        ("llama-3.1-8b", "v5p-128", {"train.rows_per_step": 64}),
+        ("qwen2.5-0.5b", "v5e-16", {"train.remat": "dots", "train.rows_per_step": 256}),  # does not fit
+        ("llama-3.1-8b", "v5e-16", {"train.rows_per_step": 32, "train.microbatches": 2}),
     ],
 )
 def test_analytic_figures_are_near_the_compilers(student, topology, changes):
+    """With the attention that the trainer takes there, which is in the program."""
     pytest.importorskip("libtpu")
     settings = {"student.path": str(STUDENTS / student), "compute_dtype": "bfloat16", "train.row_tokens": 4096} | changes
     result = assess(config_lib.override(config_lib.default_config(), settings), topology, compile_for=True)
     memory, compiler = result["memory"], result["compiler"]
+    assert result["training"]["attention"] == "splash"
     assert compiler["fits"] == result["fits"]
-    assert memory["total"] == pytest.approx(compiler["total"], rel=0.15)
+    assert memory["allocated"] == pytest.approx(compiler["allocated"], rel=0.15)
     if compiler["fits"]:
         assert memory["arguments"] == pytest.approx(compiler["arguments"], rel=0.01)
+        assert memory["total"] == pytest.approx(compiler["total"], rel=0.15)

@@ -29,7 +29,7 @@ class Option:
 
     change: dict[str, Any]
     topology: str
-    total_bytes: int
+    allocated_bytes: int
     step_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _best(training: Training, mesh: dict[str, int], topology: Topology) -> list[
         memory = step_memory(candidate)
         if not fits(memory, topology):
             continue
-        option = Option(change, topology.name, memory.total, predict(candidate, topology)["step_seconds"])
+        option = Option(change, topology.name, memory.allocated, predict(candidate, topology)["step_seconds"])
         kinds = tuple(sorted({key.split(".")[0] if key.startswith("mesh") else key for key in change}))
         if kinds not in best or option.step_seconds < best[kinds].step_seconds:
             best[kinds] = option

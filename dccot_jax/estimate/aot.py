@@ -37,8 +37,8 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
 
     Returns:
       {"arguments", "temporaries", "outputs", "aliases", "total", "allocated", "fits", "seconds", "libtpu", "jax"}; total = arguments +
-      temporaries + outputs - aliases; allocated is what the compiler lays out and compares with the chip's memory, a little less (None
-      where this jax does not say). Of a program that does not fit only the latter is known: it is the total too, the parts are None.
+      temporaries + outputs - aliases; allocated is what the compiler lays out and compares with the chip's memory, less by what the
+      total counts twice (None where this jax does not say). Of a program that does not fit only allocated is known, the rest is None.
 
     Raises:
       TopologyError: not a TPU, or libtpu does not know the slice.
@@ -46,7 +46,9 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
     mesh = make_mesh(training.mesh_sizes, tpu_devices(topology))
     group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
     params, constants = abstract_trained(training.mc, mesh, group)
-    settings = None if training.teacher is None else distillation(training.teacher, group.distill)
+    settings = None
+    if training.teacher is not None:
+        settings = distillation(training.teacher, group.distill)._replace(attention=training.teacher_attention)
     constants |= abstract_teacher(settings, group.distill, mesh)
     state = abstract_state(params, make_optimizer(group), mesh, constants)
     shape = (training.rows, training.tokens)
@@ -57,16 +59,16 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
     started = time.monotonic()
     with jax.set_mesh(mesh):
         dtype = jnp.dtype(training.compute_dtype)
-        step = make_train_step(training.mc, mesh, group, dtype, steps=max(group.steps, 1), distill=settings)
+        steps, attention = max(group.steps, 1), training.attention
+        step = make_train_step(training.mc, mesh, group, dtype, steps=steps, attention=attention, distill=settings)
         lowered = step.lower(state, batch)
-    parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases"))
+    parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases", "total"))
     allocated: int | None
     try:
         stats = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        total = allocated = over_full(str(error))
-        fits = False
-        if total is None:
+        allocated, fits = over_full(str(error)), False
+        if allocated is None:
             raise
     else:
         parts = {
@@ -74,12 +76,12 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
             "temporaries": stats.temp_size_in_bytes,
             "outputs": stats.output_size_in_bytes,
             "aliases": stats.alias_size_in_bytes,
+            "total": stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
         }
-        total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         allocated = getattr(stats, "total_allocation_bytes", None)
         fits = True
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    return {**parts, "total": total, "allocated": allocated, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
+    return {**parts, "allocated": allocated, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
 
 
 def over_full(message: str) -> int | None:

@@ -27,18 +27,20 @@ def assess(
 ) -> dict[str, Any]:
     """Everything about a config's training on a machine, JSON-able; bytes are per device.
 
-    Of arms that train differently the one that needs most memory is shown.
+    Of arms that train differently the one that needs most memory is shown. memory: what must be there is "allocated"; "total" is
+    arguments + temporaries + outputs - aliases as a compiler's memory analysis has them, in which libtpu counts `loops` again.
 
     Args:
       compile_for: ask the TPU compiler too; None: where libtpu is installed and the machine is a TPU. log: told before a compilation.
 
     Raises:
       TopologyError: unknown machine, or `compile_for` without libtpu or a TPU. ConfigError: a student that cannot be built.
+      AttentionError: an attention backend that is asked for by name and cannot be used there.
     """
     topology = find_topology(topology_name)
     arms = config_lib.arms(config)
     found = {name: _arm(arm, topology) for name, arm in arms.items()}
-    name = max(found, key=lambda arm: found[arm]["memory"]["total"])
+    name = max(found, key=lambda arm: found[arm]["memory"]["allocated"])
     result = {"config": config.name, "arm": name, **found[name], "data": data_totals(config)}
     installed = importlib.util.find_spec("libtpu") is not None
     if compile_for and not installed:
@@ -49,14 +51,14 @@ def assess(
         from dccot_jax.estimate.aot import compiler_memory  # slow to import
 
         log(f"compiling the train step for {topology.name}: minutes; --noaot leaves it out")
-        training, _ = training_of(arms[name], student_model(arms[name])[0], topology.chips, teacher_model(arms[name]))
+        training, _ = training_of(arms[name], student_model(arms[name])[0], topology, teacher_model(arms[name]))
         result["compiler"] = compiler_memory(arms[name], training, topology)
     return result
 
 
 def _arm(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     mc, remarks = student_model(config)
-    training, problem = training_of(config, mc, topology.chips, teacher_model(config))
+    training, problem = training_of(config, mc, topology, teacher_model(config))
     memory = step_memory(training)
     fit = fits(memory, topology) and not problem
     prediction = predict(training, topology)
@@ -64,7 +66,7 @@ def _arm(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     chip = topology.chip
     if chip.nominal:
         remarks.append("rates of this CPU are nominal: 100 GFLOP/s and 10 GB/s per core")
-    if chip.platform == "gpu" and fit and memory.total > _GPU_SHARE * chip.memory:
+    if chip.platform == "gpu" and fit and memory.allocated > _GPU_SHARE * chip.memory:
         remarks.append(
             f"JAX takes {_GPU_SHARE:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; this needs more"
         )
@@ -95,11 +97,12 @@ def _arm(config: ConfigDict, topology: Topology) -> dict[str, Any]:
             "remat": training.remat,
             "optimizer": training.optimizer,
             "compute_dtype": training.compute_dtype,
+            "attention": training.attention,
             "steps": steps,
         },
         "fits": fit,
         "problem": problem or None,
-        "memory": memory.as_dict() | {"available": chip.memory},
+        "memory": memory.as_dict() | {"total": memory.allocated + memory.loops * (chip.platform == "tpu"), "available": chip.memory},
         "flops_per_step": model_flops(training),
         "tokens_per_step": training.rows * training.tokens,
         "prediction": prediction | {"training_seconds": steps and steps * prediction["step_seconds"]},

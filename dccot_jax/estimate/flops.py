@@ -5,8 +5,8 @@ Two counts:
                   multiply-add, the backward pass twice the forward pass, attention over half of every row because it is
                   causal. The head counts, the embedding table's look-up does not. Rows count as if each were one document,
                   so packing several into a row makes the figure an upper bound.
-  executed FLOPs  what the program does: what the backward pass recomputes, the half of attention that the mask discards, and
-                  the orthogonalisation of Muon.
+  executed FLOPs  what the program does: what the backward pass recomputes, the blocks of attention on the diagonal, which the mask
+                  discards in part (`estimate/attention.py`), and the orthogonalisation of Muon.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dccot_jax.estimate.training import Training, weights
+from dccot_jax.estimate.attention import student_attention
+from dccot_jax.estimate.training import Training, tensor_parts, weights
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.train.muon import ITERATIONS
 
-# Forward passes' worth of work in a step, per part of the model: 1 forward, 2 backward, and what is recomputed.
-PASSES = {
-    "nothing_saveable": {"linear": 4, "attention": 4, "head": 4},
-    "dots": {"linear": 3, "attention": 4, "head": 4},
-    "none": {"linear": 3, "attention": 3, "head": 4},  # the head's chunks are recomputed in any case
-}
+# Forward passes' worth of work in a step: 1 forward, 2 backward, and what is recomputed. The head's chunks are in any case.
+LINEAR_PASSES = {"nothing_saveable": 4, "dots": 3, "none": 3}
+HEAD_PASSES = 4
+
+
+def attention_passes(training: Training) -> float:
+    """The same of attention, whose projections alone "dots" keeps."""
+    return student_attention(training).passes(recomputed=training.remat != "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """FLOPs of one token's forward pass. attention: over half of a row; the mask of the other half costs a program the same again."""
+    """FLOPs of one token's forward pass. attention: over half of a row."""
 
     linear: int
     attention: int
@@ -60,14 +63,15 @@ def executed_flops(training: Training) -> dict[str, int]:
     Heads are split over ``tensor`` only where the axis divides the key/value heads, and the vocabulary and the hidden layer only
     where it divides them; what is not split is computed by every device.
     """
-    mc, tensor = training.mc, training.mesh[2]
-    forward, passes = forward_per_token(mc, training.tokens), PASSES[training.remat]
+    mc, tensor, layer = training.mc, training.mesh[2], student_attention(training)
+    forward = forward_per_token(mc, training.tokens)
     linear = sum(2 * weight.used for weight in weights(mc, training.mesh) if weight.stacked and weight.matrix)
-    attention = 2 * forward.attention // (tensor if mc.num_kv_heads % tensor == 0 else 1)
-    head = forward.head // (tensor if mc.vocab_size % tensor == 0 else 1)
-    tokens = training.device_rows * training.microbatches * training.tokens
-    work = passes["linear"] * linear + passes["attention"] * attention + passes["head"] * head
-    return {"compute": work * tokens, "float32": muon_flops(training) if training.optimizer == "muon" else 0}
+    head = forward.head // tensor_parts(mc.vocab_size, tensor)
+    rows = training.device_rows * training.microbatches
+    work = rows * training.tokens * (LINEAR_PASSES[training.remat] * linear + HEAD_PASSES * head)
+    attention = rows * mc.num_layers * 4 * layer.heads * layer.head_dim * layer.pairs()
+    work += round(attention_passes(training) * attention)
+    return {"compute": work, "float32": muon_flops(training) if training.optimizer == "muon" else 0}
 
 
 def muon_flops(training: Training) -> int:

@@ -5,8 +5,8 @@ table from weight to mesh axes splits it (`model/sharding.py`); the state is don
 Alive beside that: copies of the layers' stored matrices in the compute dtype, which compilers make before the scan over layers; the
 gradients; what the forward pass keeps for the backward pass; and the working memory of whichever part of the step needs most:
 
-  layers     the backward pass of one layer, which recomputes what remat threw away: attention's working memory, the MLP's inner
-             activations, the weights gathered over fsdp
+  layers     the backward pass of one layer, which recomputes what remat threw away: attention's working memory by its backend, the
+             MLP's inner activations, the weights gathered over fsdp
   head       the gathered head, its whole gradient and one chunk's part of it, and the chunk's logits
   teacher    one layer of a teacher's forward pass
   optimizer  the gradients, and with Muon whole momentum matrices
@@ -20,9 +20,9 @@ import dataclasses
 import math
 from typing import Any
 
-from dccot_jax.estimate.attention import FLOAT32, backward_bytes, forward_bytes
+from dccot_jax.estimate.attention import FLOAT32, student_attention, teacher_attention
 from dccot_jax.estimate.topologies import Topology
-from dccot_jax.estimate.training import BYTES, Training, Weight, weights
+from dccot_jax.estimate.training import BYTES, Training, Weight, tensor_parts, weights
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.head import default_chunk
 from dccot_jax.train.losses import BATCH_FIELDS
@@ -37,6 +37,7 @@ class Memory:
       copies: the layers' matrices in the compute dtype. logits: one chunk, float32.
       temporaries: the other working memory of the part named `peak`, where most is alive.
       phases: part of the step -> everything alive there beside the arguments.
+      loops: what loops write into, see `loop_bytes`.
     """
 
     parameters: int
@@ -49,6 +50,7 @@ class Memory:
     logits: int
     temporaries: int
     phases: dict[str, int]
+    loops: int
 
     @property
     def arguments(self) -> int:
@@ -63,7 +65,8 @@ class Memory:
         return self.phases[self.peak]
 
     @property
-    def total(self) -> int:
+    def allocated(self) -> int:
+        """What a device must have."""
         return self.arguments + self.peak_temporaries
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,13 +74,13 @@ class Memory:
             "arguments": self.arguments,
             "peak": self.peak,
             "peak_temporaries": self.peak_temporaries,
-            "total": self.total,
+            "allocated": self.allocated,
         }
 
 
 def fits(memory: Memory, topology: Topology) -> bool:
     """Whether a step's memory is there."""
-    return memory.total <= topology.chip.memory
+    return memory.allocated <= topology.chip.memory
 
 
 def step_memory(training: Training) -> Memory:
@@ -100,6 +103,7 @@ def step_memory(training: Training) -> Memory:
         **parts,
         temporaries=phases[peak] - sum(parts.values()),
         phases=phases,
+        loops=loop_bytes(training),
     )
 
 
@@ -144,7 +148,7 @@ def head_chunks(training: Training) -> tuple[int, int]:
 
 def chunk_bytes(training: Training) -> int:
     """Float32 logits of one chunk of the head on one device."""
-    vocab = training.mc.vocab_size // _split(training.mc.vocab_size, training.mesh[2])
+    vocab = training.mc.vocab_size // tensor_parts(training.mc.vocab_size, training.mesh[2])
     return training.device_rows * head_chunks(training)[1] * vocab * FLOAT32
 
 
@@ -152,8 +156,8 @@ def saved_activations(training: Training) -> int:
     """What the forward pass of one micro-batch keeps for the backward pass.
 
     Per layer and position, in the compute dtype: "nothing_saveable" the layer's input (D); "dots" also the seven projections;
-    "none" also both normed inputs, the rotated queries and keys, attention's output and the MLP's inner product, and per head and key
-    the float32 softmax and its copy in the compute dtype.
+    "none" also both normed inputs, the rotated queries and keys, attention's output and the MLP's inner product, and per head the float32
+    logsumexp.
     """
     mc, size = training.mc, training.compute_bytes
     heads, kv_heads, inner = _shares(training)
@@ -163,8 +167,19 @@ def saved_activations(training: Training) -> int:
         width += query + 2 * key + 2 * mc.hidden_size + 2 * inner
     position = width * size
     if training.remat == "none":
-        position += (2 * mc.hidden_size + 2 * query + key + 2 * inner) * size + heads * training.tokens * (FLOAT32 + size)
+        position += (2 * mc.hidden_size + 2 * query + key + 2 * inner) * size + heads * FLOAT32
     return mc.num_layers * training.device_rows * training.tokens * position
+
+
+def loop_bytes(training: Training) -> int:
+    """Arrays that loops write into piece by piece: what the layers keep, the head's whole gradient, sums over micro-batches.
+
+    They are alive once, and twice in the temporaries that libtpu's memory analysis states (0.0.50): in the block of memory that it lays
+    out, and by themselves.
+    """
+    table = head_table(training)
+    head = table.used * FLOAT32 if table.trained else 0
+    return saved_activations(training) + head + (gradient_bytes(training) if training.microbatches > 1 else 0)
 
 
 def gradient_bytes(training: Training) -> int:
@@ -198,10 +213,10 @@ def _layers(training: Training) -> int:
     largest matrix gathered, and its whole gradient where it is trained; the int32 index of a chunk's logits; and a tied table's
     state a second time, in the layout of its update.
     """
-    size = training.compute_bytes
-    heads, _, inner = _shares(training)
+    size, inner = training.compute_bytes, _shares(training)[2]
     positions = training.device_rows * training.tokens
-    attention = backward_bytes(positions, training.tokens, heads, size)
+    work = student_attention(training)
+    attention = max(work.forward_bytes(), work.backward_bytes())
     mlp = positions * inner * 6 * size
     largest = max(
         weight.used // weight.layers * (size + (FLOAT32 if weight.trained else 0))
@@ -229,9 +244,8 @@ def _head(training: Training) -> int:
 def _teacher(training: Training, teacher: ModelConfig) -> int:
     """One layer of a teacher's forward pass, of which nothing is kept."""
     size, positions = training.compute_bytes, training.device_rows * training.tokens
-    heads = teacher.num_heads // _split(teacher.num_kv_heads, training.mesh[2])
-    inner = teacher.intermediate_size // _split(teacher.intermediate_size, training.mesh[2])
-    work = max(forward_bytes(positions, training.tokens, heads, size), positions * inner * 3 * size)
+    inner = teacher.intermediate_size // tensor_parts(teacher.intermediate_size, training.mesh[2])
+    work = max(teacher_attention(training, teacher).forward_bytes(), positions * inner * 3 * size)
     largest = max(weight.used // weight.layers for weight in weights(teacher, training.mesh) if weight.stacked) * size
     return _held(training, "teacher") + copy_bytes(training) + saved_activations(training) + work + largest
 
@@ -256,10 +270,5 @@ def _muon(training: Training) -> int:
 def _shares(training: Training) -> tuple[int, int, int]:
     """Query heads, key/value heads and inner width on one device; heads are split by whole key/value heads."""
     mc, tensor = training.mc, training.mesh[2]
-    parts = _split(mc.num_kv_heads, tensor)
-    return mc.num_heads // parts, mc.num_kv_heads // parts, mc.intermediate_size // _split(mc.intermediate_size, tensor)
-
-
-def _split(size: int, tensor: int) -> int:
-    """Parts a dimension has over the tensor axis: all or one (`model/sharding.py`)."""
-    return tensor if size % tensor == 0 else 1
+    parts = tensor_parts(mc.num_kv_heads, tensor)
+    return mc.num_heads // parts, mc.num_kv_heads // parts, mc.intermediate_size // tensor_parts(mc.intermediate_size, tensor)

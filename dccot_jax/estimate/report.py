@@ -34,7 +34,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"{student['family']} student of {student['parameters']:,} parameters; mesh {mesh}; {training['rows_per_step']} × "
         f"{training['row_tokens']} tokens per step in {training['microbatches']} micro-batch(es); remat {training['remat']}; "
-        f"{training['optimizer']}; {training['compute_dtype']}"
+        f"{training['optimizer']}; {training['compute_dtype']}; attention {training['attention']}"
     )
     console.print(_memory_table(result))
     console.print(_speed_table(result))
@@ -52,7 +52,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
         flags = " ".join(f"--config.{key}={value}" for key, value in option["change"].items())
         console.print(
             f"{'smallest change that fits' if place == 0 else '  or'}:{where} {flags}  "
-            f"({_gib(option['total_bytes'])} GiB, {_seconds(option['step_seconds'])} per step)",
+            f"({_gib(option['allocated_bytes'])} GiB, {_seconds(option['step_seconds'])} per step)",
             markup=False,
             soft_wrap=True,
         )
@@ -68,10 +68,10 @@ def _memory_table(result: Mapping[str, Any]) -> Table:
     for key, label in _MEMORY_ROWS:
         table.add_row(label, _gib(memory[key]))
     table.add_section()
-    rows = (("arguments", "arguments"), ("peak_temporaries", "temporaries"), ("total", "total"))
-    for ours, theirs in rows:
-        label = f"total, peak in {memory['peak']}" if ours == "total" else theirs
-        table.add_row(label, _gib(memory[ours]), *((_gib(compiler[theirs]),) if compiler else ()))
+    rows = [("arguments", "arguments"), ("allocated", f"in all, peak in {memory['peak']}")]
+    rows += [("total", "arguments + temporaries + outputs - aliases, as the compiler sums them")] if compiler else []
+    for key, label in rows:
+        table.add_row(label, _gib(memory[key]), *((_gib(compiler[key]),) if compiler else ()))
     table.add_row("available", _gib(memory["available"]))
     return table
 

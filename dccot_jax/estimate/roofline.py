@@ -6,8 +6,7 @@
 
 It is a bound: a real step is slower (2023-26 trainers reach 35-65 % MFU at 7B and more, less for small students). Counted:
   memory     per micro-batch and pass, every weight of the layers as used and the activations around its product, the head for every
-             chunk, float32 logits twice; attention scores, which are materialised, at 12 bytes each; once per step gradients and
-             optimizer state.
+             chunk, float32 logits twice; attention by its backend (`estimate/attention.py`); once per step gradients and optimizer state.
   links      per micro-batch, over fsdp: every weight of the layers gathered once forward and once backward in the compute dtype, its
              gradient scattered in float32; the head gathered once for all its chunks, its gradient scattered once; the rows looked
              up in the table exchanged, and their gradients. Over data: gradients summed in float32. Over tensor: four sums of
@@ -19,12 +18,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dccot_jax.estimate.flops import PASSES, executed_flops, model_flops
+from dccot_jax.estimate.attention import student_attention
+from dccot_jax.estimate.flops import HEAD_PASSES, LINEAR_PASSES, attention_passes, executed_flops, model_flops
 from dccot_jax.estimate.memory import FLOAT32, gradient_bytes, head_chunks, head_table, optimizer_bytes
 from dccot_jax.estimate.topologies import Topology
-from dccot_jax.estimate.training import Training, weights
-
-_SCORE_BYTES = 12  # float32 scores written and read, probabilities in the compute dtype written and read
+from dccot_jax.estimate.training import Training, tensor_parts, weights
 
 
 def predict(training: Training, topology: Topology) -> dict[str, Any]:
@@ -55,18 +53,16 @@ def compute_seconds(training: Training, topology: Topology) -> float:
 
 def memory_bytes_moved(training: Training) -> float:
     """Bytes between memory and cores of one device in a step."""
-    mc, size, passes = training.mc, training.compute_bytes, PASSES[training.remat]
-    tensor, positions = training.mesh[2], training.device_rows * training.tokens
-    heads = mc.num_heads / (tensor if mc.num_kv_heads % tensor == 0 else 1)
-    vocab = mc.vocab_size / (tensor if mc.vocab_size % tensor == 0 else 1)
-    moved = passes["head"] * head_chunks(training)[0] * head_table(training).used * float(size)
+    mc, size, positions = training.mc, training.compute_bytes, training.device_rows * training.tokens
+    vocab = mc.vocab_size / tensor_parts(mc.vocab_size, training.mesh[2])
+    moved = HEAD_PASSES * head_chunks(training)[0] * head_table(training).used * float(size)
     for weight in weights(mc, training.mesh):
         if weight.stacked and weight.matrix:
             share = weight.used / weight.elements
             around = positions * weight.layers * (weight.matrix[0] + weight.matrix[1] * share)
-            moved += passes["linear"] * (weight.used + around) * size
-    moved += passes["attention"] * mc.num_layers * positions * training.tokens * heads * _SCORE_BYTES
-    moved += passes["head"] * positions * vocab * 2 * FLOAT32
+            moved += LINEAR_PASSES[training.remat] * (weight.used + around) * size
+    moved += attention_passes(training) * mc.num_layers * student_attention(training).moved_bytes()
+    moved += HEAD_PASSES * positions * vocab * 2 * FLOAT32
     moved *= training.microbatches
     return moved + 3 * gradient_bytes(training) + 2 * optimizer_bytes(training)  # gradients read, parameters and moments read and written
 

@@ -33,7 +33,8 @@ class Chip:
     """One device as JAX sees it.
 
     Attributes:
-      platform: "tpu", "gpu" or "cpu". memory: bytes a program may use.
+      platform: "tpu", "gpu" or "cpu". device_kind: as JAX names it, by which attention backends are chosen.
+      memory: bytes a program may use.
       peak_bf16, peak_float32: dense matrix products, FLOP/s. A TPU makes a float32 product of six bf16 ones (precision HIGHEST).
       memory_bandwidth, link_bandwidth, network_bandwidth: bytes/s; links inside a slice or host, all of a chip's, one way; the
         network between hosts (GPUs: one 400 Gbit/s port per GPU).
@@ -42,6 +43,7 @@ class Chip:
 
     name: str
     platform: str
+    device_kind: str
     memory: int
     peak_bf16: float
     peak_float32: float
@@ -71,24 +73,26 @@ class Topology:
         return self.chip.network_bandwidth if self.chip.network_bandwidth and self.hosts > 1 else self.chip.link_bandwidth
 
 
-def _tpu(name: str, usable_gib: float, peak: float, memory_gbps: float, ici_gbps: float) -> Chip:
-    return Chip(name, "tpu", int(usable_gib * GIB), peak * TERA, peak * TERA / 6, memory_gbps * GIGA, ici_gbps * GIGA / 2)
+def _tpu(name: str, kind: str, usable_gib: float, peak: float, memory_gbps: float, ici_gbps: float) -> Chip:
+    return Chip(name, "tpu", kind, int(usable_gib * GIB), peak * TERA, peak * TERA / 6, memory_gbps * GIGA, ici_gbps * GIGA / 2)
 
 
-def _gpu(name: str, mib: int, peak: float, peak_float32: float, memory_gbps: float, nvlink_gbps: float, port_gbps: float) -> Chip:
+def _gpu(
+    name: str, kind: str, mib: int, peak: float, peak_float32: float, memory_gbps: float, nvlink_gbps: float, port_gbps: float
+) -> Chip:
     rates = (peak * TERA, peak_float32 * TERA, memory_gbps * GIGA, nvlink_gbps * GIGA / 2, port_gbps * GIGA)
-    return Chip(name, "gpu", mib * 2**20, *rates)
+    return Chip(name, "gpu", kind, mib * 2**20, *rates)
 
 
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v5e", 15.75, 197, 819, 400),
-        _tpu("v5p", 95.74, 459, 2765, 1200),
-        _tpu("v6e", 31.25, 918, 1638, 800),
-        _gpu("a100", 81_920, 312, 19.5, 2039, 600, 25),
-        _gpu("h100", 81_559, 989, 67, 3350, 900, 50),
-        _gpu("h200", 143_771, 989, 67, 4800, 900, 50),
+        _tpu("v5e", "TPU v5 lite", 15.75, 197, 819, 400),
+        _tpu("v5p", "TPU v5", 95.74, 459, 2765, 1200),
+        _tpu("v6e", "TPU v6 lite", 31.25, 918, 1638, 800),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 81_920, 312, 19.5, 2039, 600, 25),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 81_559, 989, 67, 3350, 900, 50),
+        _gpu("h200", "NVIDIA H200", 143_771, 989, 67, 4800, 900, 50),
     )
 }
 
@@ -155,7 +159,7 @@ def _this_cpu() -> Topology:
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rate = cores * 100 * GIGA
-    return Topology("cpu", Chip("cpu", "cpu", memory, rate, rate, cores * 10 * GIGA, cores * 10 * GIGA, nominal=True), 1, (), 1)
+    return Topology("cpu", Chip("cpu", "cpu", "cpu", memory, rate, rate, cores * 10 * GIGA, cores * 10 * GIGA, nominal=True), 1, (), 1)
 
 
 def _names() -> list[str]:

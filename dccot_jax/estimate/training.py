@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from dccot_jax.config import to_plain
+from dccot_jax.estimate.topologies import Topology
+from dccot_jax.model.backends.registry import Need, resolve
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.lora import adapter_names
 from dccot_jax.model.sharding import AXES, MeshError, mesh_shape, param_specs, weight_shapes
@@ -28,6 +30,7 @@ class Training:
       rows, tokens: packed rows of one optimizer step over all devices, and tokens per row.
       microbatches, remat, optimizer, compute_dtype: as in the config.
       frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model whose distributions are learned, or None.
+      attention, teacher_attention: backends, of `model.backends.registry.BACKENDS`.
     """
 
     mc: ModelConfig
@@ -41,6 +44,8 @@ class Training:
     frozen_dtype: str = "float32"
     teacher: ModelConfig | None = None
     teacher_dtype: str = "bfloat16"
+    attention: str = "xla"
+    teacher_attention: str = "xla"
 
     @property
     def devices(self) -> int:
@@ -95,16 +100,23 @@ class Weight:
     trained: bool
 
 
-def training_of(config: ConfigDict, mc: ModelConfig, devices: int, teacher: ModelConfig | None = None) -> tuple[Training, str]:
-    """The training of a config's student `mc` on so many devices, and why its mesh or its batch cannot be, or "".
+def training_of(config: ConfigDict, mc: ModelConfig, topology: Topology, teacher: ModelConfig | None = None) -> tuple[Training, str]:
+    """The training of a config's student `mc` on a machine, and why its mesh or its batch cannot be, or "".
 
-    Where the mesh does not fit the devices the figures are those of all devices along fsdp.
+    Attention backends are those that the trainer takes there, unless one fails its trial on the device itself. Where the mesh does not
+    fit the devices the figures are those of all devices along fsdp.
+
+    Raises AttentionError: `config.attention` names a backend that the machine does not have, or that cannot do it.
     """
     train, problem = config.train, ""
+
+    def backend(model: ModelConfig) -> str:
+        return resolve(config.attention, Need.of(model, train.row_tokens, config.compute_dtype, packed=True, device=topology.chip))
+
     try:
-        shape = mesh_shape(to_plain(config.mesh), devices)
+        shape = mesh_shape(to_plain(config.mesh), topology.chips)
     except MeshError as error:
-        shape, problem = (1, devices, 1), f"config.{error}"
+        shape, problem = (1, topology.chips, 1), f"config.{error}"
     found = Training(
         mc=trained_model(mc, train),
         mesh=(shape[0], shape[1], shape[2]),
@@ -117,8 +129,15 @@ def training_of(config: ConfigDict, mc: ModelConfig, devices: int, teacher: Mode
         frozen_dtype=train.lora.frozen_dtype,
         teacher=teacher,
         teacher_dtype=train.distill.teacher_dtype,
+        attention=backend(mc),
+        teacher_attention="xla" if teacher is None else backend(teacher),
     )
     return found, problem or found.problem()
+
+
+def tensor_parts(size: int, tensor: int) -> int:
+    """Parts a dimension has over the tensor axis: all or one (`model/sharding.py`)."""
+    return tensor if size % tensor == 0 else 1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -87,7 +87,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: 
     """
     batch, length, heads, groups, width = q.shape
     keys = k.shape[1]
-    count = _query_blocks(length) if length == keys else 1
+    count = query_blocks(length) if length == keys else 1
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     found = []
     for first in range(0, length, length // count):
@@ -100,7 +100,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: 
     return found[0] if count == 1 else jnp.concatenate(found, axis=1)
 
 
-def _query_blocks(length: int) -> int:
+def query_blocks(length: int) -> int:
     """Of at least 128 queries, at most eight: a causal mask hides 7/16 of the keys from eight."""
     return next((count for count in (8, 4, 2) if length % count == 0 and length // count >= 128), 1)
 

@@ -47,7 +47,7 @@ class Need:
 
     @classmethod
     def of(cls, mc: ModelConfig, tokens: int, dtype: str, *, packed: bool, device: Any = None) -> Need:
-        """What `mc` asks for on `device`; None: the first of this process."""
+        """What `mc` asks for on `device`, anything with a `platform` and a `device_kind`; None: the first of this process."""
         device = device or jax.local_devices()[0]
         installed = importlib.util.find_spec("tokamax") is not None
         return cls(device.platform, device.device_kind, tokens, mc.head_dim, mc.attn_softcap, dtype, packed, installed)
