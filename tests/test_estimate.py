@@ -23,6 +23,7 @@ from dccot_jax.estimate.flops import executed_flops, forward_per_token, model_fl
 from dccot_jax.estimate.memory import batch_bytes, fits, gradient_bytes, optimizer_bytes, parameter_bytes, step_memory, teacher_bytes
 from dccot_jax.estimate.roofline import link_bytes, predict
 from dccot_jax.estimate.student import student_model
+from dccot_jax.estimate.tiles import tiled_elements
 from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
 from dccot_jax.estimate.training import Training, training_of, weights
 from dccot_jax.model.backends.registry import AttentionError
@@ -61,7 +62,9 @@ def bytes_per_device(tree) -> int:
 def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
     on = mesh(*sizes)
     config = tiny_config(train__optimizer=optimizer, **{f"train__{key}": value for key, value in lora.items()})
-    training = dataclasses.replace(training_of(config, mc, find_topology(f"v5e-{math.prod(sizes)}"), teacher=UNTIED)[0], mesh=sizes)
+    training = dataclasses.replace(
+        training_of(config, mc, find_topology(f"v5e-{math.prod(sizes)}"), teacher=UNTIED)[0], mesh=sizes, tiled=False
+    )
     params, constants = abstract_trained(training.mc, on, config.train)
     state = abstract_state(params, make_optimizer(config.train), on, constants)
     assert parameter_bytes(training) == bytes_per_device([state["params"], state.get("frozen", {})])
@@ -75,6 +78,31 @@ def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
 def test_batch_bytes_are_those_of_the_batch_on_one_device():
     training = dataclasses.replace(BASE, mesh=(2, 4, 8), rows=64, microbatches=2)
     assert batch_bytes(training) == 5 * (64 // 8) * 4096 * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "padded"),
+    [
+        ((24, 14, 4864), 24 * 14 * 4864),  # the layers are the rows of the tiles
+        ((28, 1536, 6), 32 * 1536 * 6),  # 28 layers to 32, six columns outside
+        ((151936, 6), 151936 * 8),
+        ((24, 128), 24 * 128),
+        ((896,), 1024),
+        ((4, 4096), 4 * 4096),
+        ((3, 100), 8 * 128),
+    ],
+)
+def test_tiles_are_those_of_compiled_programs(shape, padded):
+    """Layouts that libtpu chose for arguments: {2,0,1}, {1,0,2}, {0,1}, {1,0}, all T(8,128), T(1024), T(4,128)."""
+    assert tiled_elements(shape) == padded
+
+
+def test_tiles_pad_narrow_shards_alone():
+    """Six columns of a 1.5B student on 256 chips, as libtpu has it (82.8 MiB); whole tiles of an 8B student on 64 are as they are."""
+    config = shipped("qwen2.5-1.5b", train__rows_per_step=256)
+    training, _ = training_of(config, student_model(config)[0], find_topology("v6e-256"))
+    assert training.tiled and step_memory(training).arguments == pytest.approx(86_848_512, rel=0.001)
+    assert parameter_bytes(dataclasses.replace(BASE, tiled=True)) == pytest.approx(parameter_bytes(BASE), rel=1e-4)
 
 
 # --- an 8B student by hand ---------------------------------------------------------------------------------------------

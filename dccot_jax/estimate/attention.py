@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from dccot_jax.estimate.tiles import LANES, SUBLANES, up
 from dccot_jax.estimate.training import Training, tensor_parts
 from dccot_jax.model.attention import query_blocks
 from dccot_jax.model.config import ModelConfig
 
 FLOAT32 = 4
-_LANES, _SUBLANES = 128, 8
 
 
 def student_attention(training: Training) -> Attention:
@@ -55,7 +55,7 @@ class Attention:
         """
         if self.backend == "xla":
             return self._all_pairs * self.heads * (2 * FLOAT32 + self.size)
-        logsumexp = _LANES if self.backend == "splash" else 1
+        logsumexp = LANES if self.backend == "splash" else 1
         return self._vectors(2, 2) + self._positions * self.heads * logsumexp * FLOAT32 + self._mask_bytes()
 
     def backward_bytes(self) -> int:
@@ -64,7 +64,7 @@ class Attention:
         """
         if self.backend == "xla":
             return self._all_pairs * self.heads * 2 * (FLOAT32 + self.size)
-        sums = 2 * (_SUBLANES if self.backend == "splash" else 1)
+        sums = 2 * (SUBLANES if self.backend == "splash" else 1)
         return self._vectors(4, 4) + self._positions * self.heads * sums * FLOAT32 + self._mask_bytes()
 
     def passes(self, recomputed: bool) -> float:
@@ -95,12 +95,12 @@ class Attention:
     @property
     def _length(self) -> int:
         """Positions of a row as the kernel has them."""
-        return -(-self.tokens // _LANES) * _LANES if self.backend == "splash" else self.tokens
+        return up(self.tokens, LANES) if self.backend == "splash" else self.tokens
 
     @property
     def _block(self) -> int:
         if self.backend != "splash":
-            return _LANES
+            return LANES
         from dccot_jax.model.backends.splash import block_size  # slow to import
 
         return block_size(self.tokens)
@@ -115,7 +115,7 @@ class Attention:
 
     def _vectors(self, wide: int, narrow: int) -> int:
         """Arrays [R, T, N, H] and [R, T, K, H]."""
-        width = -(-self.head_dim // _LANES) * _LANES if self.backend == "splash" else self.head_dim
+        width = up(self.head_dim, LANES) if self.backend == "splash" else self.head_dim
         return self._positions * (wide * self.heads + narrow * self.kv_heads) * width * self.size
 
     def _mask_bytes(self) -> int:

@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 from dccot_jax.estimate.attention import FLOAT32, student_attention, teacher_attention
+from dccot_jax.estimate.tiles import LANES, tiled_elements, up
 from dccot_jax.estimate.topologies import Topology
 from dccot_jax.estimate.training import BYTES, Training, Weight, tensor_parts, weights
 from dccot_jax.model.config import ModelConfig
@@ -110,13 +111,13 @@ def step_memory(training: Training) -> Memory:
 def parameter_bytes(training: Training) -> int:
     """Float32, or the frozen dtype where adapters are trained in their place."""
     frozen = BYTES[training.frozen_dtype]
-    return sum(weight.local * (FLOAT32 if weight.trained else frozen) for weight in weights(training.mc, training.mesh))
+    return sum(weight.held(training.tiled) * (FLOAT32 if weight.trained else frozen) for weight in weights(training.mc, training.mesh))
 
 
 def teacher_bytes(training: Training) -> int:
     if training.teacher is None:
         return 0
-    return sum(weight.local for weight in weights(training.teacher, training.mesh)) * BYTES[training.teacher_dtype]
+    return sum(weight.held(training.tiled) for weight in weights(training.teacher, training.mesh)) * BYTES[training.teacher_dtype]
 
 
 def optimizer_bytes(training: Training) -> int:
@@ -128,15 +129,16 @@ def optimizer_bytes(training: Training) -> int:
         if not weight.trained:
             continue
         if training.optimizer == "adafactor":
-            total += weight.layers * sum(weight.share) if weight.matrix else weight.local
+            total += weight.layers * sum(weight.share) if weight.matrix else weight.held(training.tiled)
         else:
-            total += weight.local * (1 if training.optimizer == "muon" and weight.stacked and weight.matrix else 2)
+            total += weight.held(training.tiled) * (1 if training.optimizer == "muon" and weight.stacked and weight.matrix else 2)
     return total * FLOAT32
 
 
 def batch_bytes(training: Training) -> int:
     """The arrays of all micro-batches' rows, four bytes each position."""
-    return len(BATCH_FIELDS) * training.device_rows * training.microbatches * training.tokens * 4
+    shape = (training.device_rows * training.microbatches, training.tokens)
+    return len(BATCH_FIELDS) * (tiled_elements(shape) if training.tiled else math.prod(shape)) * 4
 
 
 def head_chunks(training: Training) -> tuple[int, int]:
@@ -179,12 +181,23 @@ def loop_bytes(training: Training) -> int:
     """
     table = head_table(training)
     head = table.used * FLOAT32 if table.trained else 0
-    return saved_activations(training) + head + (gradient_bytes(training) if training.microbatches > 1 else 0)
+    return saved_activations(training) + head + sum_bytes(training)
 
 
 def gradient_bytes(training: Training) -> int:
     """Float32, as the trained parameters are stored."""
-    return sum(weight.local for weight in weights(training.mc, training.mesh) if weight.trained) * FLOAT32
+    return sum(weight.held(training.tiled) for weight in weights(training.mc, training.mesh) if weight.trained) * FLOAT32
+
+
+def sum_bytes(training: Training) -> int:
+    """Sums of gradients over micro-batches; in tiles the table's columns, which are looked up by rows, are the lanes."""
+    if training.microbatches == 1:
+        return 0
+    table = next(weight for weight in weights(training.mc, training.mesh) if weight.name == "embed")
+    if not training.tiled or not table.trained:
+        return gradient_bytes(training)
+    rows, columns = table.stored
+    return gradient_bytes(training) + (rows * up(columns, LANES) - table.held(tiled=True)) * FLOAT32
 
 
 def copy_bytes(training: Training) -> int:
@@ -198,12 +211,12 @@ def _copies(mc: ModelConfig, training: Training, dtype: str) -> int:
     found = [weight for weight in weights(mc, training.mesh) if weight.stacked and weight.matrix]
     student = mc is training.mc
     cast = [w for w in found if ("float32" if student and w.trained else dtype) != training.compute_dtype]
-    return sum(weight.local for weight in cast) * training.compute_bytes
+    return sum(weight.held(training.tiled) for weight in cast) * training.compute_bytes
 
 
 def _held(training: Training, part: str) -> int:
     """Gradients alive beside a part of the step: their sums over micro-batches, and in the layers' backward pass those it makes."""
-    return gradient_bytes(training) * ((training.microbatches > 1) + (part == "layers"))
+    return sum_bytes(training) + (gradient_bytes(training) if part == "layers" else 0)
 
 
 def _layers(training: Training) -> int:

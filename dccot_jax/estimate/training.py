@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from dccot_jax.config import to_plain
+from dccot_jax.estimate.tiles import tiled_elements
 from dccot_jax.estimate.topologies import Topology
 from dccot_jax.model.backends.registry import Need, resolve
 from dccot_jax.model.config import ModelConfig
@@ -31,6 +32,7 @@ class Training:
       microbatches, remat, optimizer, compute_dtype: as in the config.
       frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model whose distributions are learned, or None.
       attention, teacher_attention: backends, of `model.backends.registry.BACKENDS`.
+      tiled: arrays are padded to tiles, as TPUs do (`estimate/tiles.py`).
     """
 
     mc: ModelConfig
@@ -46,6 +48,7 @@ class Training:
     teacher_dtype: str = "bfloat16"
     attention: str = "xla"
     teacher_attention: str = "xla"
+    tiled: bool = False
 
     @property
     def devices(self) -> int:
@@ -86,7 +89,7 @@ class Weight:
     Attributes:
       elements: in all. local: on one device as stored. used: on one device where it is used, gathered over fsdp; all its layers.
       layers: 1, or how many are stacked. matrix: (m, n) of one layer, () for vectors; share: that of one device as stored.
-      trained: False for what adapters leave alone.
+      trained: False for what adapters leave alone. stored: what one device holds, all layers stacked.
     """
 
     name: str
@@ -98,6 +101,11 @@ class Weight:
     matrix: tuple[int, ...]
     share: tuple[int, ...]
     trained: bool
+    stored: tuple[int, ...]
+
+    def held(self, tiled: bool) -> int:
+        """`local`, with its padding where arrays are tiled."""
+        return tiled_elements(self.stored) if tiled else self.local
 
 
 def training_of(config: ConfigDict, mc: ModelConfig, topology: Topology, teacher: ModelConfig | None = None) -> tuple[Training, str]:
@@ -131,6 +139,7 @@ def training_of(config: ConfigDict, mc: ModelConfig, topology: Topology, teacher
         teacher_dtype=train.distill.teacher_dtype,
         attention=backend(mc),
         teacher_attention="xla" if teacher is None else backend(teacher),
+        tiled=topology.chip.platform == "tpu",
     )
     return found, problem or found.problem()
 
@@ -163,6 +172,7 @@ def weights(mc: ModelConfig, mesh: tuple[int, int, int]) -> tuple[Weight, ...]:
                 matrix=tuple(own) if len(own) == 2 else (),
                 share=tuple(size // sizes.get(axis, 1) for size, axis in zip(own, split)) if len(own) == 2 else (),
                 trained=mc.lora is None or name in adapters,
+                stored=tuple(size // sizes.get(axis, 1) for size, axis in zip(shape, spec, strict=True)),
             )
         )
     return tuple(found)
