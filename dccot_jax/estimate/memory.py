@@ -244,9 +244,12 @@ def _layers(training: Training) -> int:
 def _head(training: Training) -> int:
     """The gathered head, the sum of its whole float32 gradient over the chunks so far and this chunk's, and the chunk's logits
     twice, beside what was kept; of a teacher the gathered head, its hidden states and one chunk too.
+
+    Gaps: where the gathered head was made, libtpu leaves between nothing and as much again unused (docs/scale.md); half is counted.
     """
     table = head_table(training)
-    work = table.used * (training.compute_bytes + (2 * FLOAT32 if table.trained else 0)) + 2 * chunk_bytes(training)
+    gaps = table.used * training.compute_bytes // 2 if training.tiled and table.used != table.local else 0
+    work = gaps + table.used * (training.compute_bytes + (2 * FLOAT32 if table.trained else 0)) + 2 * chunk_bytes(training)
     if training.teacher is not None:
         positions = training.device_rows * training.tokens
         gathered = next(w.used for w in weights(training.teacher, training.mesh) if w.name == _head_name(training.teacher))
