@@ -28,7 +28,7 @@ def assess(
     """Everything about a config's training on a machine, JSON-able; bytes are per device.
 
     Of arms that train differently the one that needs most memory is shown. memory: what must be there is "allocated"; "total" is
-    arguments + temporaries + outputs - aliases as a compiler's memory analysis has them, in which libtpu counts `loops` again.
+    arguments + temporaries + outputs - aliases as a compiler's memory analysis has them, larger by about `loops` in libtpu's.
 
     Args:
       compile_for: ask the TPU compiler too; None: where libtpu is installed and the machine is a TPU. log: told before a compilation.

@@ -176,8 +176,7 @@ def saved_activations(training: Training) -> int:
 def loop_bytes(training: Training) -> int:
     """Arrays that loops write into piece by piece: what the layers keep, the head's whole gradient, sums over micro-batches.
 
-    They are alive once, and twice in the temporaries that libtpu's memory analysis states (0.0.50): in the block of memory that it lays
-    out, and by themselves.
+    They are alive once; the temporaries of libtpu's memory analysis (0.0.50) exceed what it lays out by about their size (docs/scale.md).
     """
     table = head_table(training)
     head = table.used * FLOAT32 if table.trained else 0
