@@ -84,6 +84,26 @@ def test_a_stopped_run_goes_on_behind_its_last_chunk(tmp_path):
     assert not again.batches
 
 
+@pytest.mark.parametrize("chunk_rows", [32, 64, 1000])
+def test_two_processes_share_the_chunks_and_meet_as_often(monkeypatch, tmp_path, chunk_rows):
+    traces, met, encoders = rows(), {0: [], 1: []}, {0: Encoder(), 1: Encoder()}
+    monkeypatch.setattr(Context, "_meet", lambda self, name, leaving: met[self.process_index].append(name))
+    monkeypatch.setattr(sentences, "committed", lambda out, ctx, series, count: [False] * count)
+    cfg = tiny_config(score__signals=SENTENCES, score__sentences__model="./encoder", score__chunk_rows=chunk_rows)
+    found = {}
+    for process in (1, 0):
+        ctx = Context(tmp_path, console=Console(quiet=True), process_index=process, process_count=2)
+        opened = encoders[process]
+        found[process], _ = sentences.score(
+            cfg, SENTENCES, traces, ArtifactWriter(tmp_path / "a"), ctx, opened=lambda opened=opened: opened
+        )
+    assert met[0] == met[1] and found[1] == {}
+    alone, _ = score(tmp_path / "b", traces, Encoder())
+    assert not {str(batch) for batch in encoders[0].batches} & {str(batch) for batch in encoders[1].batches}
+    for name in SENTENCES:
+        assert all(np.array_equal(found[0][name][i], vector) for i, vector in alone[name].items())
+
+
 def test_what_is_missing_is_named_before_any_work(monkeypatch):
     def refused(name, model, words):
         with pytest.raises(ConfigError, match=words):
@@ -91,6 +111,9 @@ def test_what_is_missing_is_named_before_any_work(monkeypatch):
 
     refused("sentence_rationale", "", r"config\.score\.sentences\.model: empty; sentence_rationale needs a sentence encoder")
     refused("sentence_rationale", "/no/such", r"config\.score\.sentences\.model: '/no/such' is not a directory")
+    refused(
+        "sentence_rationale", "models/no/such", r"config\.score\.sentences\.model: 'models/no/such' is not a directory; accepted: a dir"
+    )
     monkeypatch.setattr(sentences.importlib.util, "find_spec", lambda name: None)
     refused("sentence_prompt", "hub/name", r"sentence_prompt needs sentence-transformers: pip install -e '\.\[sentences\]'")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from training_cases import TINY, UNTIED, host_params, mesh, params_on
 
-from dccot_jax.model import head
+from dccot_jax.model import head, top_tokens
 
 B, T = 4, 5
 
@@ -49,3 +49,14 @@ def test_equal_logits_are_counted_once_and_a_small_rest_keeps_its_digits():
         p = np.exp(z) / np.exp(z).sum()
         assert ids[0, 0].tolist() == [0, 1, 2]
         np.testing.assert_allclose(np.exp(np.float64(logp[0, 0])), [*p[:3], p[3:].sum()], rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_position_with_a_logit_that_is_no_number_has_no_finite_result(sign):
+    z = np.random.default_rng(0).standard_normal((1, 2, 1, 8)).astype(np.float32)
+    z[0, 1, 0, 5] = np.copysign(np.nan, sign)  # what x86 makes of inf - inf has its sign bit set
+    state, ids = top_tokens.start(1, 2, 3), np.arange(8)[None]
+    for block in (z, np.zeros_like(z)):
+        state = top_tokens.absorb(state, jnp.asarray(block), jnp.asarray(ids))
+    _, logp = top_tokens.finish(state)
+    assert np.isfinite(logp[0, 0]).all() and np.isnan(logp[0, 1]).all()

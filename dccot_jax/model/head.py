@@ -23,7 +23,7 @@ from dccot_jax.model.attention import soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract, contract_once, dot, gather_once
 from dccot_jax.model.running import STATS
-from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, reshard, use_spec
+from dccot_jax.model.sharding import BATCH, activation_spec, explicit_mesh, platform, reshard, use_spec
 
 _CHUNK_ELEMENTS = 1 << 25  # float32 logits of one chunk on one device: 128 MiB
 # In scoring: logits of one chunk and block on one device, and the tokens of a block; by backend, then anywhere else.
@@ -150,7 +150,7 @@ def weighted_nll(
       chunk: positions per chunk, of the whole vocabulary each; None picks the way and the size by device.
     """
     weights = weights.astype(jnp.float32)
-    if chunk is None and jax.default_backend() == "cpu" and _devices("tensor") == 1:
+    if chunk is None and platform() == "cpu" and _devices("tensor") == 1:
         name = "embed" if mc.tie_embeddings else "head"
         arrays = (params[name], hidden, labels, weights)
         if explicit_mesh() is not None:
@@ -266,7 +266,7 @@ def _block_size(tokens: int, wanted: int) -> int:
 
 
 def _block_sizes() -> tuple[int, int]:
-    return _BLOCKS.get(jax.default_backend(), _BLOCKS_ACCELERATOR)
+    return _BLOCKS.get(platform(), _BLOCKS_ACCELERATOR)
 
 
 def scan_chunks(

@@ -205,6 +205,12 @@ def activation_spec(rows: int, *rest: str | None) -> P | None:
     return None if explicit_mesh() is None else P(batch_axes(rows), *rest)
 
 
+def platform() -> str:
+    """Platform that a program is traced for: of the mesh in use, which another machine may have, else this process's own."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def explicit_mesh() -> Any:
     """The mesh in use if all its axes are Explicit, else None."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -32,6 +32,7 @@ def absorb(state: State, z: jax.Array, ids: jax.Array) -> State:
     flat = reshard(z, activation_spec(batch, None, None, None)).reshape(batch, positions, -1)
     every = jnp.concatenate([state["top"], flat], axis=-1)
     top, place = jax.lax.top_k(every, k)
+    lost = jnp.where(jnp.any(jnp.isnan(flat), axis=-1), jnp.nan, 0.0)  # top_k puts a NaN first or last, by its sign
     least = top[..., -1:]
     below = jax.nn.logsumexp(jnp.where(every < least, every, NEGATIVE), axis=-1)
     equal = jnp.sum(every == least, axis=-1) - jnp.sum(top == least, axis=-1)  # as large as the least that stays, and not kept
@@ -41,7 +42,7 @@ def absorb(state: State, z: jax.Array, ids: jax.Array) -> State:
     new = ids[0, 0] + (place - k) // size * apart + (place - k) % size
     old = jax.vmap(jax.vmap(lambda row, index: row[index]))(state["ids"], jnp.minimum(place, k - 1))
     found = jnp.where(place < k, old, new)
-    return _laid_out({"top": top, "ids": found, "rest": jnp.logaddexp(jnp.logaddexp(state["rest"], below), tied)})
+    return _laid_out({"top": top, "ids": found, "rest": jnp.logaddexp(jnp.logaddexp(state["rest"], below), tied) + lost})
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ from dccot_jax.context import Context
 from dccot_jax.records import Trace, content_hash
 from dccot_jax.select.signals import SENTENCES
 from dccot_jax.select.tables import vector_array
+from dccot_jax.train.checkpoint import first_line
 
 BATCH = 32  # texts; part of what the last bits depend on
 KEY = "config.score.sentences.model"
@@ -36,8 +37,10 @@ def check_sentences(cfg: ConfigDict) -> None:
     asked = next(name for name in cfg.score.signals if name in SENTENCES)
     if not model:
         raise ConfigError(f"{KEY}: empty; {asked} needs a sentence encoder: a directory or a hub name")
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
-        raise ConfigError(f"{KEY}: {model!r} is not a directory")
+    place = Path(model).expanduser()
+    local = model.startswith(("/", ".", "~")) or model.count("/") > 1 or (place.parts[1:] and Path(place.parts[0]).is_dir())
+    if local and not place.is_dir():
+        raise ConfigError(f"{KEY}: {model!r} is not a directory; accepted: a directory, or a hub name such as 'owner/name'")
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(f"config.score.signals: {asked} needs sentence-transformers: pip install -e '.[sentences]'")
 
@@ -69,17 +72,18 @@ def score(
     series = f"sentences-{layout}"
     drop_other_layouts(out, ctx, "sentences-", layout)
     done = committed(out, ctx, [series], len(chunks))
-    own = [index for index in range(ctx.process_index, len(chunks), ctx.process_count) if not done[index]]
+    todo = [index for index in range(len(chunks)) if not done[index]]
+    own = todo[ctx.process_index :: ctx.process_count]
     started = time.monotonic()
     encode = (opened or (lambda: open_encoder(cfg.score.sentences.model)))() if own else None
     with ctx.progress("sentence vectors", sum(len(batch) for index in own for batch in chunks[index]), "texts") as meter:
-        for index in own:
-            assert encode is not None
-            vectors: list[np.ndarray] = []
-            for batch in chunks[index]:
-                vectors += list(np.asarray(encode(batch), np.float32))
-                meter.advance(len(batch))
-            out.commit_chunk(series, index, pa.table({"vector": vector_array(vectors)}))
+        for turn in range(-(-len(todo) // ctx.process_count)):  # as many for every process: all meet at the stop point
+            if turn < len(own) and encode is not None:
+                vectors: list[np.ndarray] = []
+                for batch in chunks[own[turn]]:
+                    vectors += list(np.asarray(encode(batch), np.float32))
+                    meter.advance(len(batch))
+                out.commit_chunk(series, own[turn], pa.table({"vector": vector_array(vectors)}))
             ctx.stop_point("sentences: chunk committed")
     ctx.barrier("sentences-chunks")
     if not ctx.is_main:
@@ -107,5 +111,5 @@ def open_encoder(model: str) -> Encode:
             str(place) if place.is_dir() else model, device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{KEY}: {model!r} cannot be opened: {str(error).strip().splitlines()[0][:200]}") from None
+        raise ConfigError(f"{KEY}: {model!r} cannot be opened: {first_line(error)}") from None
     return lambda texts: encoder.encode(texts, batch_size=BATCH, convert_to_numpy=True, show_progress_bar=False)
