@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from dccot_jax.model import compact_head, running
 from dccot_jax.model import top_tokens as likeliest
-from dccot_jax.model.attention import soft_cap
+from dccot_jax.model.attention import NEGATIVE, soft_cap
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.linear import contract, contract_once, dot, gather_once
 from dccot_jax.model.running import STATS
@@ -172,36 +172,49 @@ def weighted_nll(
 def nll_error(params: dict[str, Any], mc: ModelConfig, hidden: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     """Gradient of sum of weight · -log p(label) with respect to `hidden` [B, T, D], in its dtype; see `weighted_nll`.
 
-    Logits are made twice, a block of the vocabulary at a time: for the normaliser, and for the error.
+    With rows W_v of the table it is w (sum_v p_v W_v - W_label). Logits are made once, a block of the vocabulary at a time: the sum
+    is one of exponentials relative to the largest logit so far, rescaled when that grows (arXiv 1805.02867), as in attention.
     """
     block_logits, size, blocks = _vocabulary_blocks(params, mc, hidden, None)
-    batch = len(labels)
+    batch, cap = len(labels), mc.final_softcap
+    spec = activation_spec(batch, None, None)
     subscripts = "bcsv,svd->bcd" if mc.tie_embeddings else "bcsv,dsv->bcd"
 
     def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         h, y, w = chunk
+
+        def absorb(state: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+            top, total, mixed = state
+            z, _, part = block_logits(h, i)
+            higher = jnp.maximum(top, jnp.max(z, axis=(2, 3)))
+            exps = jnp.exp(z - higher[..., None, None])
+            scale = jnp.exp(top - higher)
+            total = total * scale + jnp.sum(exps, axis=(2, 3))
+            return (higher, total, mixed * scale[..., None] + dot(subscripts, _uncapped(exps, z, cap).astype(h.dtype), part, spec)), None
+
         zero = reshard(jnp.zeros(y.shape, jnp.float32), activation_spec(batch, None))
-
-        def absorb(state: running.State, i: jax.Array) -> tuple[running.State, None]:
-            z, ids, _ = block_logits(h, i)
-            return running.absorb(state, z, ids, y, None), None
-
-        state, _ = jax.lax.scan(absorb, running.start(zero, ()), jnp.arange(blocks))
-        normaliser = state["max"] + jnp.log(state["sum"])
-
-        def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            z, ids, part = block_logits(h, i)
-            over = (..., None, None)
-            error = logit_error(z, ids == y[over], normaliser[over], w[over], mc.final_softcap)
-            return total + dot(subscripts, error.astype(h.dtype), part, activation_spec(batch, None, None)), None
-
-        total, _ = jax.lax.scan(add, jnp.zeros(h.shape, jnp.float32, out_sharding=activation_spec(batch, None, None)), jnp.arange(blocks))
-        return carry, total.astype(h.dtype)
+        start = (zero + NEGATIVE, zero, jnp.zeros(h.shape, jnp.float32, out_sharding=spec))
+        (_, total, mixed), _ = jax.lax.scan(absorb, start, jnp.arange(blocks))
+        own = _table_rows(params, mc, y).astype(h.dtype)
+        z = soft_cap(jnp.sum(h.astype(jnp.float32) * own.astype(jnp.float32), axis=-1, keepdims=True), cap)
+        return carry, (w[..., None] * (mixed / total[..., None] - _uncapped(own.astype(jnp.float32), z, cap))).astype(h.dtype)
 
     chunk = max(16, _block_sizes()[0] * _devices() // (batch * size))
     _, errors = scan_chunks(mc, body, None, hidden, (labels, weights.astype(jnp.float32)), chunk)
     errors = jnp.moveaxis(errors, 0, 1).reshape(batch, -1, hidden.shape[2])[:, : hidden.shape[1]]
-    return reshard(errors, activation_spec(batch, None, None))
+    return reshard(errors, spec)
+
+
+def _table_rows(params: dict[str, Any], mc: ModelConfig, ids: jax.Array) -> jax.Array:
+    """The vectors [B, C, D] of tokens ids [B, C] in the head's table."""
+    name = "embed" if mc.tie_embeddings else "head"
+    table = reshard(params[name], use_spec(mc, name))
+    spec = activation_spec(len(ids), None, None)
+    if mc.tie_embeddings:
+        return table[ids] if spec is None else table.at[ids].get(out_sharding=spec)
+    if spec is None:
+        return jnp.moveaxis(table[:, ids], 0, -1)
+    return jnp.moveaxis(table.at[:, ids].get(out_sharding=P(None, *spec[:2])), 0, -1)
 
 
 def logit_error(z: jax.Array, hit: jax.Array, normaliser: jax.Array, weights: jax.Array, cap: float) -> jax.Array:
@@ -210,7 +223,11 @@ def logit_error(z: jax.Array, hit: jax.Array, normaliser: jax.Array, weights: ja
     Args:
       hit: where the label is, shaped like z. normaliser: log sum exp(z). weights: w; both broadcast against z.
     """
-    error = weights * (jnp.exp(z - normaliser) - hit)
+    return _uncapped(weights * (jnp.exp(z - normaliser) - hit), z, cap)
+
+
+def _uncapped(error: jax.Array, z: jax.Array, cap: float) -> jax.Array:
+    """The cotangent of logits before the cap, from `error` of capped logits z; padding may be minus infinity."""
     return error * (1.0 - jnp.square(jnp.maximum(z, -cap) / cap)) if cap else error
 
 
