@@ -163,7 +163,8 @@ def attend_rows(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
         return _attend_whole(scale, softcap, q, k, v, bias)
 
-    q, k, v = (to_rows(x, rows) for x in (q, k, v))
+    # Kept in this form: the backward pass would else make rotation and rows again, inside the loops that turn them.
+    q, k, v = (checkpoint_name(to_rows(x, rows), SAVED) for x in (q, k, v))
     bias = jnp.where(mask, 0.0, NEGATIVE)
     if explicit_mesh() is None:
         return to_stream(local(q, k, v, bias), rows)
