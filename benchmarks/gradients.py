@@ -160,9 +160,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     import jax
 
+    from dccot_jax import cpu_memory
     from dccot_jax.data.tokenizer import load_tokenizer
     from dccot_jax.select.gradients.chunks import TILE_TOKENS, TILE_TOKENS_ACCELERATOR
 
+    cpu_memory.keep()  # as every `dccot` command does
     tile_tokens = args.tile_tokens or TILE_TOKENS.get(jax.default_backend(), TILE_TOKENS_ACCELERATOR)
     python = peer_python(args.peer_python, args.peer_venv)
     rows = make_rows(load_tokenizer(args.student), mixed_pairs(args.data, args.rows))

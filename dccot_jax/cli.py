@@ -45,7 +45,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dccot_jax import __version__, compile_cache, processes
+from dccot_jax import __version__, compile_cache, cpu_memory, processes
 from dccot_jax import config as config_lib
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
@@ -263,6 +263,7 @@ def _started(workdir: epath.Path, data_dir: str) -> Iterator[Context]:
         import jax
 
         compile_cache.enable()
+        cpu_memory.keep()
         index, count = jax.process_index(), jax.process_count()
         if count > 1:
             text = f"dccot: process {index} of 0..{count - 1} was killed, or ended by JAX because another process is gone"
