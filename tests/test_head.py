@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from test_model import TIED, UNTIED, random_params
 
 from dccot_jax.model import compact_head
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.model.head import STATS, gather_positions, token_stats, weighted_nll
+from dccot_jax.model.head import STATS, gather_positions, nll_error, token_stats, weighted_nll
 from dccot_jax.model.sharding import make_mesh, param_shardings
 
 CAPPED = ModelConfig("gemma2", 90, 24, 40, 2, 4, 2, 6, final_softcap=1.5)  # most logits lie beyond
@@ -52,6 +54,22 @@ def test_chunked_equals_full(mc: ModelConfig):
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
     assert weighted_nll(params, mc, hidden, labels, weights)[1] == pytest.approx(weights.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "tensor": 2}], ids=["one", "sharded"])
+@pytest.mark.parametrize("mc", [TIED, UNTIED, CAPPED], ids=["tied", "untied", "capped"])
+def test_error_is_the_gradient_of_the_full_head(mc: ModelConfig, sizes: dict | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dccot_jax.model.head._BLOCKS", {"cpu": (1 << 7, 8)})  # several blocks, several chunks
+    params = random_params(mc)
+    hidden, labels, weights = inputs(mc)
+    expected = jax.grad(lambda h: -jnp.sum(full_head(params, mc, h, labels)[0] * weights))(hidden)
+    with contextlib.ExitStack() as stack:
+        if sizes is not None:
+            mesh = make_mesh(sizes, jax.devices()[:4])
+            stack.enter_context(jax.set_mesh(mesh))
+            params = jax.device_put(params, param_shardings(mc, mesh))
+        error = jax.jit(lambda p, h: nll_error(p, mc, h, jnp.asarray(labels), jnp.asarray(weights)))(params, hidden)
+    np.testing.assert_allclose(error, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mc", [TIED, UNTIED, CAPPED], ids=["tied", "untied", "capped"])
