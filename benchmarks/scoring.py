@@ -207,9 +207,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         synthetic(args.synthetic)
         return {}
 
+    from dccot_jax import cpu_memory
     from dccot_jax.data.tokenizer import load_tokenizer
     from dccot_jax.select.views import completion_context
 
+    cpu_memory.keep()  # as every `dccot` command does
     python = peer_python(args.peer_python, args.peer_venv)
     tokenizer = load_tokenizer(args.student)
     pairs = {"mixed": mixed_pairs(args.data, args.rows), "shared": shared_pairs(args.data, args.questions)}
