@@ -13,7 +13,7 @@ from test_model import TIED, UNTIED, random_params
 from dccot_jax.model import compact_head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.head import STATS, gather_positions, nll_error, token_stats, weighted_nll
-from dccot_jax.model.sharding import make_mesh, param_shardings
+from dccot_jax.model.sharding import activation_spec, make_mesh, param_shardings
 
 CAPPED = ModelConfig("gemma2", 90, 24, 40, 2, 4, 2, 6, final_softcap=1.5)  # most logits lie beyond
 
@@ -87,6 +87,28 @@ def test_sharded_vocabulary_and_gathered_positions(mc: ModelConfig):
         np.testing.assert_allclose(stats["label_logp"], logp, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(stats["entropy"], entropy, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(rows, np.take_along_axis(np.asarray(hidden), np.minimum(index, 36)[..., None], 1))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("mc", [TIED, UNTIED], ids=["tied", "untied"])
+def test_gradient_where_the_rows_lie_over_data_or_fsdp_alone(mc: ModelConfig, rows: int):
+    """Two rows on (data 2, fsdp 3) lie over data, three over fsdp; the head is stored over fsdp all the same."""
+    params = random_params(mc)
+    hidden, labels, weights = (x[:rows] for x in inputs(mc))
+
+    def loss(p, h):
+        return weighted_nll(p, mc, h, labels, weights, chunk=2)[0]
+
+    expected, wanted = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, hidden)
+    mesh = make_mesh({"data": 2, "fsdp": 3}, jax.devices()[:6])
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, param_shardings(mc, mesh))
+        laid_out = jax.device_put(hidden, jax.NamedSharding(mesh, activation_spec(rows, None, None)))
+        value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(spread, laid_out)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, wanted)
+    name = "embed" if mc.tie_embeddings else "head"
+    assert grads[0][name].sharding.is_equivalent_to(spread[name].sharding, 2)
 
 
 @pytest.mark.parametrize("block", [7, None])

@@ -178,7 +178,8 @@ def _slot_forward(axes: tuple[str, ...], use: P, w: jax.Array) -> tuple[jax.Arra
 
 def _slot_backward(axes: tuple[str, ...], use: P, w: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     stored = jax.typeof(w).sharding.spec
-    return (_summed(lambda g: g[0], axes, (P(axes, *use),), stored)(g).astype(w.dtype),)
+    summed = P(*(kept if kept in axes else used for kept, used in zip(stored, use, strict=True)))  # only summed axes can be scattered over
+    return (reshard(_summed(lambda g: g[0], axes, (P(axes, *use),), summed)(g), stored).astype(w.dtype),)
 
 
 _slot.defvjp(_slot_forward, _slot_backward)
