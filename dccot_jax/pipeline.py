@@ -178,9 +178,10 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
     add("tokenize", {"verify": "verify", "student": "student"}, facets={"student": "tokenizer_hash"})
     rows = {"verify": "verify", "tokenize": "tokenize"}
     learned = {"tokenize": "tokenize", "student": "student"}
+    stored: dict[str, str] = {}
     if config.train.distill.top_k:
         add("distill", learned, facets={"student": "tokenizer_hash"})
-        learned["distill"] = "distill"
+        stored = {"distill": "distill"}
     scored: dict[str, str] = {}
     if config.score.signals:
         if config.score.student == "warmup":
@@ -197,8 +198,8 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
                 },
             )
             add("select:warmup", rows, short)
-            add("plan:warmup", {**rows, "select": "select:warmup"}, short)
-            add("train:warmup", {"plan": "plan:warmup", **learned}, short)
+            add("plan:warmup", {**rows, **stored, "select": "select:warmup"}, short)
+            add("train:warmup", {"plan": "plan:warmup", **learned, **stored}, short)
             add("score", {**rows, "train": "train:warmup"})
         elif config.score.student == "base":
             add("score", {**rows, "student": "student"})
@@ -206,8 +207,8 @@ def graph(config: ConfigDict, *, base: bool) -> dict[str, Node]:
             add("score", {**rows, "train": f"path:{config.score.student}"})
         scored = {"score": "score"}
     add("select", {**rows, **scored})
-    add("plan", {**rows, **scored, "select": "select"})
-    add("train", {"plan": "plan", **learned})
+    add("plan", {**rows, **stored, **scored, "select": "select"})
+    add("train", {"plan": "plan", **learned, **stored})
     if base:
         add("evaluate:base", {"student": "student"})
     add("evaluate", {"train": "train"})

@@ -16,7 +16,7 @@ from dccot_jax.artifact import Artifact, ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.mix.groups import TOKEN_COLUMNS, TRACE_COLUMNS, PlanError
 from dccot_jax.mix.plan import make_plan, plan_document, plan_table, run
-from dccot_jax.records import traces_to_table
+from dccot_jax.records import Dropped, dropped_to_table, traces_to_table
 
 SMALL = {"train__rows_per_step": 4, "train__row_tokens": 64, "tokens__max_length": 60}
 
@@ -184,6 +184,28 @@ def test_stage(inputs, tmp_path):
     assert again.logical_hash == result.logical_hash
     assert (out.path / "plan.parquet").read_bytes() == (tmp_path / "again" / "plan.parquet").read_bytes()
     assert run(cfg, inputs, ArtifactWriter(tmp_path / "other"), Context(tmp_path, process_index=1, process_count=2)).logical_hash == ""
+
+
+def test_rows_a_stored_teacher_could_not_read_go_with_their_groups_and_reasons(tmp_path):
+    traces, tokens = case(8, reverse=True)
+    unread = traces[0]
+    elsewhere = next(trace for trace in traces if trace.group_id != unread.group_id)
+    lost = [Dropped(unread.id, "exceeds_positions", "61 tokens"), Dropped(elsewhere.id, "exceeds_positions", "62 tokens")]
+    kept = [trace.id for trace in traces if trace.group_id != elsewhere.group_id]
+    inputs = {
+        "verify": fake(tmp_path, "verify", {"traces": traces_to_table(traces)}),
+        "tokenize": fake(tmp_path, "tokenize", {"tokens": tokens}, {"tokenizer_hash": "k"}),
+        "select": fake(tmp_path, "select", {"kept": pa.table({"id": kept})}),
+        "distill": fake(tmp_path, "distill", {"dropped": dropped_to_table(lost)}),
+    }
+    out = ArtifactWriter(tmp_path / "plan")
+    result = run(config(**SMALL), inputs, out, Context(tmp_path))
+    assert result.dropped == {"teacher_exceeds_positions": 1, "group_incomplete": 2}
+    assert result.rows_in == len(kept) == result.rows_out + 3
+    of_group = {trace.id for trace in traces if trace.group_id == unread.group_id}
+    dropped = {row["id"]: row for row in Artifact(out.path, {}).table("dropped").to_pylist()}
+    assert set(dropped) == of_group and dropped[unread.id]["detail"] == "61 tokens"
+    assert not of_group & set(Artifact(out.path, {}).table("plan")["id"].to_pylist())
 
 
 def spoil(whole: Artifact, name: str, columns: Sequence[str]) -> None:

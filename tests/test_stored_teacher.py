@@ -22,6 +22,7 @@ from dccot_jax.config import ConfigError, override
 from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource
 from dccot_jax.data.teacher_store import TeacherStore
+from dccot_jax.mix.groups import PlanError
 from dccot_jax.model import decoder, head
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.train.losses import Distillation
@@ -231,18 +232,45 @@ def test_resume_repeats_no_committed_chunk(made, tmp_path, monkeypatch):
     assert found.logical_hash == whole.logical_hash and found.facts["rows_resumed"] > 0
 
 
-def test_rows_the_teacher_cannot_read_are_dropped_and_a_plan_with_them_is_refused(made, tmp_path):
+def _with_a_short_teacher(cfg, folder, positions):
+    """`cfg` with a teacher of that many positions, made in `folder`."""
+    short = {"student__model__max_positions": positions, "train__row_tokens": positions - 1, "tokens__max_length": positions - 1}
+    [other] = pipeline.run(tiny_config(**short, evaluate__max_new_tokens=8), _context(folder), until="student")
+    return override(cfg, {"train.distill.teacher": str(other.artifacts["student"].path)})
+
+
+def test_rows_the_teacher_cannot_read_are_dropped_and_no_plan_uses_them(made, tmp_path):
     cfg, workdir = made
-    short = {"student__model__max_positions": 100, "train__row_tokens": 99, "tokens__max_length": 99, "evaluate__max_new_tokens": 8}
-    [other] = pipeline.run(tiny_config(**short), _context(tmp_path), until="student")
-    changed = override(cfg, {"train.distill.teacher": str(other.artifacts["student"].path)})
-    found = _node(changed, workdir, "distill")
-    dropped = found["distill"].table("dropped").to_pylist()
-    assert dropped and {row["reason"] for row in dropped} == {"exceeds_positions"}
+    signals = {"score.signals": ("nll",), "score.student": "warmup", "score.warmup.share": 0.9, "score.warmup.steps": 2}
+    found = _node(override(_with_a_short_teacher(cfg, tmp_path, 100), signals), workdir, "train")
+    dropped = {row["id"]: row for row in found["distill"].table("dropped").to_pylist()}
+    assert dropped and {row["reason"] for row in dropped.values()} == {"exceeds_positions"}
     assert found["distill"].manifest["rows_in"] == found["distill"].manifest["rows_out"] + len(dropped)
-    with pytest.raises(ArtifactError, match=re.escape("have no stored teacher log-probabilities")) as caught:
-        _node(changed, workdir, "train")
-    assert "exceeds_positions" in str(caught.value)
+    for select, plan in (("select", "plan"), ("select:warmup", "plan:warmup")):
+        lost = set(found[select].table("kept")["id"].to_pylist()) & set(dropped)
+        assert lost and not lost & set(found[plan].table("plan")["id"].to_pylist())
+        counted = {row["id"]: row for row in found[plan].table("dropped").to_pylist()}
+        assert all(counted[i]["reason"] == "teacher_exceeds_positions" and counted[i]["detail"] == dropped[i]["detail"] for i in lost)
+        about = found[plan].manifest
+        assert about["dropped"]["teacher_exceeds_positions"] == len(lost)
+        assert about["rows_in"] == about["rows_out"] + sum(about["dropped"].values())
+    with pytest.raises(ArtifactError, match=re.escape(f"1 rows of the plan have no stored teacher log-probabilities, e.g. {min(dropped)}")):
+        TeacherStore.from_artifact(found["distill"], [min(dropped)])
+
+
+def test_a_teacher_that_can_read_no_selected_row_leaves_no_plan(made, tmp_path):
+    cfg, workdir = made
+    with pytest.raises(PlanError, match=r"train\.distill\.teacher can read 0 of .* \(teacher_exceeds_positions: .*has 10 positions\)"):
+        _node(_with_a_short_teacher(cfg, tmp_path, 10), workdir, "plan")
+
+
+def test_only_a_stored_teacher_is_part_of_the_plan():
+    def readers(cfg):
+        return {name for name, node in pipeline.graph(cfg, base=False).items() if "distill" in node.inputs}
+
+    beside = tiny_config(train__distill__kind="jsd", train__distill__teacher="x")
+    assert readers(beside) == set()
+    assert readers(override(beside, {"train.distill.top_k": 4})) == {"plan", "plan:warmup", "train", "train:warmup"}
 
 
 def test_more_tokens_than_there_are_are_refused(made):

@@ -54,15 +54,13 @@ class TeacherStore:
 
     @classmethod
     def from_artifact(cls, stored: Artifact, wanted: Sequence[str]) -> TeacherStore:
-        """The rows `wanted` of a finished ``distill``. Raises ArtifactError naming a row that it does not hold, and why."""
+        """The rows `wanted` of a finished ``distill``. Raises ArtifactError naming a row that it does not hold."""
         try:
             return cls(read_batches(stored.file("topk.parquet"), _COLUMNS, _BATCH_ROWS), wanted, stored.facts["top_k"])
         except KeyError as error:
-            dropped = {row["id"]: row for row in stored.table("dropped").to_pylist()}
-            first = dropped.get(error.args[0], {"reason": "not among its rows", "detail": stored.path.name})
             raise ArtifactError(
-                f"{stored.path}: {len(error.args)} rows of the plan have no stored teacher log-probabilities, e.g. {error.args[0]}"
-                f" ({first['reason']}: {first['detail']}); leave them out of the selection, or take a teacher that can read them"
+                f"{stored.path}: {len(error.args)} rows of the plan have no stored teacher log-probabilities, e.g. {error.args[0]};"
+                " the plan was made with another distill artifact: make it again"
             ) from None
 
     def row(self, own: int, positions: int) -> tuple[np.ndarray, np.ndarray]:

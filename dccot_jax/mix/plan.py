@@ -39,7 +39,10 @@ PLAN_SCHEMA = pa.schema(
 
 
 def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ctx: Context) -> StageResult:
-    """Mix, order and pack the selected rows. Raises PlanError if nothing is selected or the settings cannot work."""
+    """Mix, order and pack the selected rows, without those of which ``inputs["distill"]``, where there is one, stored nothing.
+
+    Raises PlanError if nothing is selected, the teacher can read none of it, or the settings cannot work.
+    """
     if not ctx.is_main:
         return StageResult("")
     kept = inputs["select"].table("kept")["id"].to_pylist()
@@ -47,8 +50,16 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
         raise PlanError(
             "empty selection: config.select kept no row, so there is nothing to train on; loosen the selectors or check the verdicts"
         )
+    unread = _unread(inputs["distill"], kept) if "distill" in inputs else []
     tokens, traces = inputs["tokenize"].batches("tokens", TOKEN_COLUMNS), inputs["verify"].batches("traces", TRACE_COLUMNS)
-    groups, dropped = build_groups(kept, traces, tokens)
+    groups, dropped = build_groups(set(kept).difference(row.id for row in unread), traces, tokens)
+    if unread and not groups:
+        first = unread[0]
+        raise PlanError(
+            f"empty plan: config.train.distill.teacher can read {len(kept) - len(unread)} of {len(kept)} selected rows, and no whole"
+            f" group of them, e.g. not {first.id} ({first.reason}: {first.detail}); take a teacher that can, or train.distill.top_k = 0"
+        )
+    dropped += unread
     scores = _scores(cfg.curriculum.difficulty, inputs.get("score")) if cfg.curriculum.kind != "none" else {}
     plan = make_plan(cfg, groups, scores)
     dropped += plan.dropped
@@ -192,6 +203,17 @@ def _mix(cfg: ConfigDict, groups: Sequence[Group]) -> Mixed:
             groups, is_strong(groups, cfg.mix.strong), cfg.mix.alpha, total, mode=cfg.mix.mode, seed=seed, labels=("strong", "other")
         )
     raise PlanError(f"config.mix.kind: {cfg.mix.kind!r} is not one of none, length, teacher, domain")
+
+
+def _unread(stored: Artifact, kept: Sequence[str]) -> list[Dropped]:
+    """The kept rows that stage ``distill`` dropped, with its reasons, as ``teacher_<reason>``."""
+    wanted = set(kept)
+    return [
+        Dropped(row["id"], f"teacher_{row['reason']}", row["detail"])
+        for batch in stored.batches("dropped", ("id", "reason", "detail"))
+        for row in batch.to_pylist()
+        if row["id"] in wanted
+    ]
 
 
 def _scores(name: str, score: Artifact | None) -> dict[str, float | None]:
