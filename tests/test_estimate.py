@@ -20,7 +20,16 @@ from dccot_jax.estimate.assess import assess
 from dccot_jax.estimate.attention import student_attention
 from dccot_jax.estimate.data import calls_per_question, data_totals
 from dccot_jax.estimate.flops import executed_flops, forward_per_token, model_flops, muon_flops
-from dccot_jax.estimate.memory import batch_bytes, fits, gradient_bytes, optimizer_bytes, parameter_bytes, step_memory, teacher_bytes
+from dccot_jax.estimate.memory import (
+    batch_bytes,
+    fits,
+    gradient_bytes,
+    optimizer_bytes,
+    parameter_bytes,
+    saved_activations,
+    step_memory,
+    teacher_bytes,
+)
 from dccot_jax.estimate.roofline import link_bytes, predict
 from dccot_jax.estimate.student import student_model
 from dccot_jax.estimate.tiles import tiled_elements
@@ -193,6 +202,25 @@ def test_memory_follows_the_settings():
     assert step_memory(BASE).phases[step_memory(BASE).peak] == max(step_memory(BASE).phases.values())
 
 
+@pytest.mark.parametrize("remat", ["nothing_saveable", "dots", "none"])
+@pytest.mark.parametrize("tokens", [64, 512], ids=["one block of queries", "four"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])  # two norms; four and the heads'; four
+def test_activations_are_what_the_layers_keep_for_the_backward_pass(family, tokens, remat):
+    """Residuals that the forward pass hands the backward pass, stacked by the scan over layers: [L, R, ...]."""
+    from dccot_jax.model import decoder
+
+    rows, mc = 5, dataclasses.replace(TINY, family=family, num_layers=3, max_positions=512)
+    training = dataclasses.replace(BASE, mc=mc, mesh=(1, 1, 1), rows=rows, tokens=tokens, remat=remat)
+
+    def kept(params, *batch):
+        return jax.vjp(lambda p: decoder.forward(p, mc, *batch, remat=remat, compute_dtype=jnp.bfloat16), params)[1]
+
+    batch = [jax.ShapeDtypeStruct((rows, tokens), jnp.int32)] * 3
+    found = jax.eval_shape(kept, jax.eval_shape(lambda: decoder.init_params(mc, 0)), *batch)
+    stacked = [leaf for leaf in jax.tree.leaves(found) if leaf.shape[:2] == (3, rows)]
+    assert saved_activations(training) == sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stacked)
+
+
 @pytest.mark.parametrize("microbatches", [1, 8])
 def test_attention_of_a_flash_backend_by_hand(microbatches):
     """Splash pads 4,000 positions to 4,096 and a head's 80 dimensions to 128: eight arrays like q or k and two float32 sums, each eight
@@ -204,6 +232,7 @@ def test_attention_of_a_flash_backend_by_hand(microbatches):
     found = student_attention(training)
     assert found.backward_bytes() == rows * 4096 * ((4 * 32 + 4 * 8) * 128 * 2 + 32 * 16 * 4)
     assert found.forward_bytes() == rows * 4096 * ((2 * 32 + 2 * 8) * 128 * 2 + 32 * 128 * 4)
+    assert found.kept_bytes() == rows * 4096 * ((2 * 32 + 2 * 8) * 128 * 2 + 32 * 4)
     assert found.pairs() == 36 * 512**2  # eight blocks of queries and of keys
     longer = dataclasses.replace(found, tokens=8 * 4096)
     assert longer.backward_bytes() == 8 * found.backward_bytes() and longer.pairs() == 64 * 65 / 2 * 512**2

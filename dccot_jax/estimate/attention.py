@@ -67,6 +67,15 @@ class Attention:
         sums = 2 * (SUBLANES if self.backend == "splash" else 1)
         return self._vectors(4, 4) + self._positions * self.heads * sums * FLOAT32 + self._mask_bytes()
 
+    def kept_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass where nothing is recomputed: q, k, v, the result and the logsumexp; xla k and v
+        once for each block of queries, up to the last key that it sees.
+        """
+        logsumexp = self._positions * self.heads * FLOAT32
+        if self.backend != "xla":
+            return self._vectors(2, 2) + logsumexp
+        return self._vectors(2, query_blocks(self.tokens) + 1) + logsumexp
+
     def passes(self, recomputed: bool) -> float:
         """Forward passes' worth of products in a step, of two products per pair each: the forward pass, again where remat discards it,
         and in the backward pass five products (scores, dP, dQ, dK, dV); splash makes scores and dP twice, for dQ and for dK and dV.

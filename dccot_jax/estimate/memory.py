@@ -157,20 +157,23 @@ def chunk_bytes(training: Training) -> int:
 def saved_activations(training: Training) -> int:
     """What the forward pass of one micro-batch keeps for the backward pass.
 
-    Per layer and position, in the compute dtype: "nothing_saveable" the layer's input (D); "dots" also the seven projections;
-    "none" also both normed inputs, the rotated queries and keys, attention's output and the MLP's inner product, and per head the float32
-    logsumexp.
+    Per layer and position, in the compute dtype: "nothing_saveable" the layer's input (D); "dots" also the projections, but for the
+    last where no norm follows it. "none": the inputs of the projections, gate and up, what attention keeps, and of every norm in float32
+    what it is given, that over its root mean square, and two numbers of that.
     """
     mc, size = training.mc, training.compute_bytes
     heads, kv_heads, inner = _shares(training)
     query, key = heads * mc.head_dim, kv_heads * mc.head_dim
-    width = mc.hidden_size
-    if training.remat != "nothing_saveable":
-        width += query + 2 * key + 2 * mc.hidden_size + 2 * inner
-    position = width * size
-    if training.remat == "none":
-        position += (2 * mc.hidden_size + 2 * query + key + 2 * inner) * size + heads * FLOAT32
-    return mc.num_layers * training.device_rows * training.tokens * position
+    position, beside = mc.hidden_size * size, 0
+    if training.remat == "dots":
+        position += (query + 2 * key + (1 + mc.arch.post_norms) * mc.hidden_size + 2 * inner) * size
+    elif training.remat == "none":
+        norms, normed = 2 + 2 * mc.arch.post_norms, (2 + 2 * mc.arch.post_norms) * mc.hidden_size
+        if mc.arch.qk_norm:
+            norms, normed = norms + heads + kv_heads, normed + query + key
+        position = (2 * mc.hidden_size + query + 3 * inner) * size + 2 * (normed + norms) * FLOAT32
+        beside = student_attention(training).kept_bytes()
+    return mc.num_layers * (training.device_rows * training.tokens * position + beside)
 
 
 def loop_bytes(training: Training) -> int:
