@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
@@ -13,7 +15,7 @@ from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
 from dccot_jax.model.backends.registry import AttentionError, Need, resolve
-from dccot_jax.model.config import ModelError, from_config
+from dccot_jax.model.config import ModelConfig, ModelError, from_config
 from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import MeshError, mesh_shape, slice_count
 from dccot_jax.select.columns import declared_columns
@@ -77,7 +79,8 @@ def _check_arm(config: ConfigDict, devices: tuple[int, int] | None) -> None:
             make_pacing(config.curriculum)
         except PlanError as error:
             raise ConfigError(str(error)) from None
-    _check_student(config, devices=devices is not None)
+    student = _check_student(config, devices=devices is not None)
+    _check_distillation(config, student)
     _check_scorer(str(config.score.student))
     check_settings(config)
 
@@ -101,8 +104,11 @@ def _check_tasks(config: ConfigDict) -> None:
             raise ConfigError(f"config.evaluate.limits: {name!r}: {limit!r} must be a whole number of at least 0 (0: all)")
 
 
-def _check_student(config: ConfigDict, *, devices: bool) -> None:
-    """Its files are there, its model can be built, and rows and replies fit its positions."""
+def _check_student(config: ConfigDict, *, devices: bool) -> ModelConfig:
+    """Its files are there, its model can be built, and rows and replies fit its positions.
+
+    Returns the model, whose vocabulary is a stand-in where ``student.path`` is empty.
+    """
     for key in ("path", "tokenizer"):
         folder = config.student[key]
         if key == "path" and is_gguf(folder):
@@ -134,6 +140,24 @@ def _check_student(config: ConfigDict, *, devices: bool) -> None:
             resolve(config.attention, Need.of(model, config.train.row_tokens, config.compute_dtype, packed=True))
         except AttentionError as error:
             raise ConfigError(str(error)) from None
+    return model
+
+
+def _check_distillation(config: ConfigDict, student: ModelConfig) -> None:
+    """The teacher of ``train.distill`` can be opened, and has the student's tokens where these are known."""
+    if config.train.distill.kind == "none":
+        return
+    from dccot_jax.data.tokenizer import load_tokenizer
+    from dccot_jax.train.teacher import open_config
+
+    folder, known = config.student.path, True
+    if not folder and config.student.tokenizer == "embedded":  # made by the first stage
+        known = False
+    elif not folder:
+        folder = config.student.tokenizer
+        student = dataclasses.replace(student, vocab_size=len(load_tokenizer(folder)))
+    tokenizer = None if not folder or is_gguf(folder) else epath.Path(folder).expanduser()
+    open_config(student if known else None, tokenizer, config.train.distill)
 
 
 def _check_scorer(student: str) -> None:

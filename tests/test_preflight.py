@@ -6,11 +6,14 @@ import dataclasses
 import json
 
 import pytest
-from tiny import tiny_config
+from tiny import TINY_MODEL, tiny_config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from toy_task import TOY, install
 
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
 from dccot_jax.config import ConfigError, resolved_text
+from dccot_jax.model.config import from_config
 from dccot_jax.pipeline import graph
 from dccot_jax.preflight import check
 
@@ -122,3 +125,73 @@ def test_an_attention_backend_that_cannot_be_used_here_is_refused(name, message)
         check(tiny_config(attention=name))
     if name != "cudn":
         check(tiny_config(attention=name), devices=False)  # the machine that runs it may be another
+
+
+# --- the teacher of train.distill -------------------------------------------------------------------------------------
+
+
+def _directory(path, vocab: int, words: tuple[str, ...]):
+    """A Hugging Face directory of a model with so large a vocabulary, and a tokenizer of these words; its weights are no weights."""
+    fields = {"model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(fields))
+    (path / "model.safetensors").write_bytes(b"not read")
+    Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[0])).save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": words[0]}))
+    return path
+
+
+def _distilled(teacher, **changes):
+    return tiny_config(train__distill__kind="jsd", train__distill__teacher=str(teacher), **changes)
+
+
+WORDS = ("?", "one", "two", "three")
+
+
+def test_the_teacher_of_distributions_is_opened_before_any_work(tmp_path):
+    def refused(config) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check(config)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "config.train.distill.teacher: '/no/such': /no/such: neither an artifact" in refused(_distilled("/no/such"))
+    assert refused(_distilled("/no/such", arms=ARMS)).startswith("arm one: ")
+    same = _directory(tmp_path / "same", 6, WORDS)
+    for student in ({}, {"student__path": str(_directory(tmp_path / "student", 6, WORDS))}):
+        check(_distilled(same, **student))
+        check(_distilled(same, **student, train__distill__top_k=6))
+        words = "config.train.distill.top_k: 7 exceeds the teacher's 6 tokens; it must be 0 (the teacher runs beside the student) to 6"
+        assert refused(_distilled(same, **student, train__distill__top_k=7)) == words
+
+    path = {"student__path": str(tmp_path / "student")}
+    larger = _directory(tmp_path / "larger", 8, WORDS)
+    message = refused(_distilled(larger, **path))
+    assert f"config.train.distill.teacher: {str(larger)!r}" in message and "the student has 6 tokens and the teacher 8" in message
+    other = _directory(tmp_path / "other", 6, (*WORDS[:3], "four"))
+    assert refused(_distilled(other, **path)).startswith(f"config.train.distill.teacher: {str(other)!r} has other tokens than the student")
+    tokens = {"student__tokenizer": str(_directory(tmp_path / "tokens", 4, WORDS))}  # an untrained student has as many as its tokenizer
+    assert "the student has 4 tokens and the teacher 6" in refused(_distilled(same, **tokens))
+    check(_distilled(tmp_path / "tokens", **tokens))
+
+    for file, words in (("tokenizer.json", "no tokenizer.json"), ("model.safetensors", "no *.safetensors")):
+        (same / file).unlink()
+        message = refused(_distilled(same, **path))
+        assert f"config.train.distill.teacher: {str(same)!r}" in message and words in message
+
+
+def test_the_teacher_of_distributions_may_be_an_artifact(tmp_path):
+    for kind in ("train", "verify"):
+        writer = ArtifactWriter(tmp_path / kind)
+        writer.write_json("student", {"model": from_config({"family": "llama", **TINY_MODEL}, 9).to_dict()})
+        writer.write_text("tokenizer/tokenizer.json", "{}")
+        finish(writer, kind=kind, identity=kind, version=1, config={}, inputs={}, result=StageResult(""), wall_seconds=0.0, recorded={})
+    check(_distilled(tmp_path / "train", train__distill__top_k=9))
+    with pytest.raises(ConfigError, match=r"config\.train\.distill\.top_k: 10 exceeds the teacher's 9 tokens"):
+        check(_distilled(tmp_path / "train", train__distill__top_k=10))
+    with pytest.raises(ConfigError, match=r"config\.train\.distill\.teacher: .*an artifact of stage verify, not of student or train"):
+        check(_distilled(tmp_path / "verify"))
+    (tmp_path / "train" / "student.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.train\.distill\.teacher: .*student\.json: listed in the manifest and missing"):
+        check(_distilled(tmp_path / "train"))

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult
 from dccot_jax.chunks import committed, drop_other_layouts, read_committed
-from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.model import decoder, head
 from dccot_jax.model.backends.choice import choose
@@ -51,9 +50,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     """
     distill, tokens = cfg.train.distill, inputs["tokenize"].table("tokens")
     student = inputs["student"]
-    mc = open_config(student, ModelConfig.from_dict(student.json("student")["model"]), distill)
-    if distill.top_k > mc.vocab_size:
-        raise ConfigError(f"config.train.distill.top_k: {distill.top_k} exceeds the teacher's {mc.vocab_size} tokens")
+    mc = open_config(ModelConfig.from_dict(student.json("student")["model"]), student.file("tokenizer"), distill)
     started = time.monotonic()
     rows, dropped = usable_rows(read_rows(tokens), mc.max_positions, "teacher")
     if cfg.train.loss_mask == "full":  # what is scored is all that follows the prompt

@@ -14,6 +14,7 @@ from dccot_jax.data.tokenizer import load_tokenizer
 from dccot_jax.model import hf
 from dccot_jax.model.config import ModelConfig, ModelError
 from dccot_jax.model.divergence import check_vocabularies
+from dccot_jax.records import InputError
 from dccot_jax.train.checkpoint import abstract_params, load_student, resolve_checkpoint
 from dccot_jax.train.losses import Distillation, distillation
 
@@ -29,7 +30,7 @@ def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any, stored: A
     if distill.kind == "none":
         return None
     if stored is None:
-        return distillation(open_config(student, mc, distill), distill)
+        return distillation(open_config(mc, student.file("tokenizer"), distill), distill)
     if stored.facts["vocab_size"] != mc.vocab_size:
         raise ConfigError(
             f"config.train.distill.teacher: {stored.path} holds tokens of a model with {stored.facts['vocab_size']},"
@@ -38,20 +39,34 @@ def teacher_settings(student: Artifact, mc: ModelConfig, distill: Any, stored: A
     return distillation(None, distill)
 
 
-def open_config(student: Artifact, mc: ModelConfig, distill: Any) -> ModelConfig:
-    """The teacher's model config. Raises ConfigError if it cannot be opened, or does not share the student's tokens."""
+def open_config(mc: ModelConfig | None, tokenizer: epath.Path | None, distill: Any) -> ModelConfig:
+    """The teacher's model config; no weights are read.
+
+    Args:
+      mc: the student's, None where its size is not known yet. tokenizer: directory of the student's, None likewise.
+
+    Raises ConfigError if the teacher cannot be opened, does not share the student's tokens, or has fewer than ``top_k``.
+    """
+    where = f"config.train.distill.teacher: {distill.teacher!r}"
     try:
         found = resolve_checkpoint(epath.Path(distill.teacher).expanduser())
         if isinstance(found, Artifact):
-            teacher, tokenizer = ModelConfig.from_dict(found.json("student")["model"]), found.file("tokenizer")
+            teacher, theirs = ModelConfig.from_dict(found.json("student")["model"]), found.file("tokenizer")
         else:
-            teacher, tokenizer = hf.read_config(found), found
-        check_vocabularies(mc, teacher)
-    except ModelError as error:
-        raise ConfigError(f"config.train.distill.teacher: {distill.teacher!r}: {error}") from None
-    if not _same_tokens(tokenizer, student.file("tokenizer")):
+            teacher, theirs = hf.read_config(found), found
+            if not any(found.glob("*.safetensors")):
+                raise ModelError(f"no *.safetensors in {found}; a teacher needs its weights")
+        if mc is not None:
+            check_vocabularies(mc, teacher)
+        same = tokenizer is None or _same_tokens(theirs, tokenizer)
+    except InputError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not same:
+        raise ConfigError(f"{where} has other tokens than the student; distributions need the same")
+    if distill.top_k > teacher.vocab_size:
         raise ConfigError(
-            f"config.train.distill.teacher: {distill.teacher!r} has other tokens than the student; distributions need the same"
+            f"config.train.distill.top_k: {distill.top_k} exceeds the teacher's {teacher.vocab_size} tokens;"
+            f" it must be 0 (the teacher runs beside the student) to {teacher.vocab_size}"
         )
     return teacher
 
