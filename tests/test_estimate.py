@@ -16,6 +16,7 @@ from training_cases import TINY, UNTIED, mesh
 from dccot_jax import config as config_lib
 from dccot_jax.cli import main
 from dccot_jax.config import ConfigError
+from dccot_jax.estimate.aot import lowered_step
 from dccot_jax.estimate.assess import assess
 from dccot_jax.estimate.attention import student_attention
 from dccot_jax.estimate.data import calls_per_question, data_totals
@@ -31,7 +32,7 @@ from dccot_jax.estimate.memory import (
     teacher_bytes,
 )
 from dccot_jax.estimate.roofline import link_bytes, predict
-from dccot_jax.estimate.student import student_model
+from dccot_jax.estimate.student import student_model, teacher_model
 from dccot_jax.estimate.tiles import tiled_elements
 from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
 from dccot_jax.estimate.training import Training, training_of, weights
@@ -87,6 +88,26 @@ def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
 def test_batch_bytes_are_those_of_the_batch_on_one_device():
     training = dataclasses.replace(BASE, mesh=(2, 4, 8), rows=64, microbatches=2)
     assert batch_bytes(training) == 5 * (64 // 8) * 4096 * 4
+
+
+@pytest.mark.parametrize(("top_k", "sizes"), [(0, (1, 1, 1)), (0, (1, 4, 2)), (5, (1, 1, 1)), (5, (2, 2, 1))])
+def test_arguments_are_those_of_the_step_with_a_teacher_beside_it_or_stored_ahead(top_k, sizes, tmp_path):
+    """Where the teacher's likeliest tokens come with the batch, the program has no teacher."""
+    teacher_fields = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128, "hidden_size": 96, "intermediate_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(teacher_fields))
+    distill = {"kind": "jsd", "teacher": str(tmp_path), "top_k": top_k, "weight": 0.5}
+    config = tiny_config(**{f"train__distill__{name}": value for name, value in distill.items()}, train__microbatches=2)
+    mc = dataclasses.replace(TINY, vocab_size=128, max_positions=256)
+    topology = find_topology(f"h100x{math.prod(sizes)}")
+    training = dataclasses.replace(training_of(config, mc, topology, teacher_model(config))[0], mesh=sizes)
+    memory, given = step_memory(training), lowered_step(config, training, mesh(*sizes)).in_avals
+    rows = 8 // (sizes[0] * sizes[1])
+    assert memory.batch == rows * 192 * (5 + (2 * top_k + 1 if top_k else 0)) * 4
+    assert (memory.teacher == 0) == bool(top_k)
+    assert memory.arguments == bytes_per_device(given) - 8  # the numbers of steps
 
 
 @pytest.mark.parametrize(

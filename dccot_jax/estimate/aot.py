@@ -21,8 +21,8 @@ from dccot_jax.estimate.topologies import GIB, Topology, TopologyError
 from dccot_jax.estimate.training import Training
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.train.adapters import abstract_trained
-from dccot_jax.train.feed import batch_sharding
-from dccot_jax.train.losses import BATCH_FIELDS, distillation
+from dccot_jax.train.feed import abstract_batch
+from dccot_jax.train.losses import distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.step import abstract_state, make_train_step
 from dccot_jax.train.teacher import abstract_teacher
@@ -44,24 +44,8 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
       TopologyError: not a TPU, or libtpu does not know the slice.
     """
     mesh = make_mesh(training.mesh_sizes, tpu_devices(topology))
-    group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
-    params, constants = abstract_trained(training.mc, mesh, group)
-    settings = None
-    if training.teacher is not None:
-        settings = distillation(training.teacher, group.distill)._replace(attention=training.teacher_attention)
-    constants |= abstract_teacher(settings, group.distill, mesh)
-    state = abstract_state(params, make_optimizer(group), mesh, constants)
-    shape = (training.rows, training.tokens)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=batch_sharding(mesh))
-        for name in BATCH_FIELDS
-    }
     started = time.monotonic()
-    with jax.set_mesh(mesh):
-        dtype = jnp.dtype(training.compute_dtype)
-        steps, attention = max(group.steps, 1), training.attention
-        step = make_train_step(training.mc, mesh, group, dtype, steps=steps, attention=attention, distill=settings)
-        lowered = step.lower(state, batch)
+    lowered = lowered_step(config, training, mesh)
     parts: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "outputs", "aliases", "total"))
     allocated: int | None
     try:
@@ -82,6 +66,22 @@ def compiler_memory(config: ConfigDict, training: Training, topology: Topology) 
         fits = True
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
     return {**parts, "allocated": allocated, "fits": fits, "seconds": round(time.monotonic() - started, 1), **versions}
+
+
+def lowered_step(config: ConfigDict, training: Training, mesh: jax.sharding.Mesh) -> Any:
+    """The train step of a config's training, lowered for a mesh (`jax.stages.Lowered`)."""
+    group = ConfigDict({**config.train, "microbatches": training.microbatches, "remat": training.remat})
+    params, constants = abstract_trained(training.mc, mesh, group)
+    settings = None
+    if group.distill.kind != "none":
+        settings = distillation(training.teacher, group.distill)._replace(attention=training.teacher_attention)
+    constants |= abstract_teacher(settings, group.distill, mesh)
+    state = abstract_state(params, make_optimizer(group), mesh, constants)
+    batch = abstract_batch(mesh, training.rows, training.tokens, training.top_k)
+    steps, dtype = max(group.steps, 1), jnp.dtype(training.compute_dtype)
+    step = make_train_step(training.mc, mesh, group, dtype, steps=steps, attention=training.attention, distill=settings)
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch)
 
 
 def over_full(message: str) -> int | None:

@@ -136,9 +136,12 @@ def optimizer_bytes(training: Training) -> int:
 
 
 def batch_bytes(training: Training) -> int:
-    """The arrays of all micro-batches' rows, four bytes each position."""
+    """The arrays of all micro-batches' rows, four bytes each element; of tokens stored ahead k ids and k + 1 log-probabilities each."""
     shape = (training.device_rows * training.microbatches, training.tokens)
-    return len(BATCH_FIELDS) * (tiled_elements(shape) if training.tiled else math.prod(shape)) * 4
+    shapes = [shape] * len(BATCH_FIELDS)
+    if training.top_k:
+        shapes += [(*shape, training.top_k), (*shape, training.top_k + 1)]
+    return sum(tiled_elements(each) if training.tiled else math.prod(each) for each in shapes) * 4
 
 
 def head_chunks(training: Training) -> tuple[int, int]:

@@ -32,12 +32,12 @@ def student_model(config: ConfigDict) -> tuple[ModelConfig, list[str]]:
 
 
 def teacher_model(config: ConfigDict) -> ModelConfig | None:
-    """The model of ``config.train.distill.teacher``, which may be a config.json alone, or None without one.
+    """The model of ``config.train.distill.teacher``, which may be a config.json alone, or None where none runs beside the student.
 
     Raises ConfigError: no such file, or an architecture this decoder does not know.
     """
     distill = config.train.distill
-    if distill.kind == "none":
+    if distill.kind == "none" or distill.top_k:
         return None
     path = Path(distill.teacher).expanduser()
     try:

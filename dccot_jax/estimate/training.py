@@ -30,7 +30,8 @@ class Training:
       mc: the student, with its adapters where only these are trained. mesh: devices along (data, fsdp, tensor).
       rows, tokens: packed rows of one optimizer step over all devices, and tokens per row.
       microbatches, remat, optimizer, compute_dtype: as in the config.
-      frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model whose distributions are learned, or None.
+      frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model beside the student whose distributions are learned,
+        or None. top_k: of its likeliest tokens that come with every position of the batch in its place, or 0.
       attention, teacher_attention: backends, of `model.backends.registry.BACKENDS`.
       tiled: arrays are padded to tiles, as TPUs do (`estimate/tiles.py`).
     """
@@ -46,6 +47,7 @@ class Training:
     frozen_dtype: str = "float32"
     teacher: ModelConfig | None = None
     teacher_dtype: str = "bfloat16"
+    top_k: int = 0
     attention: str = "xla"
     teacher_attention: str = "xla"
     tiled: bool = False
@@ -137,6 +139,7 @@ def training_of(config: ConfigDict, mc: ModelConfig, topology: Topology, teacher
         frozen_dtype=train.lora.frozen_dtype,
         teacher=teacher,
         teacher_dtype=train.distill.teacher_dtype,
+        top_k=train.distill.top_k,
         attention=backend(mc),
         teacher_attention="xla" if teacher is None else backend(teacher),
         tiled=topology.chip.platform == "tpu",

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dccot_jax.model.sharding import BATCH
+from dccot_jax.train.losses import BATCH_FIELDS, TEACHER_FIELDS
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     """Rows of a [G, T, ...] batch over ("data", "fsdp")."""
     return jax.NamedSharding(mesh, jax.P(BATCH, None))
+
+
+def abstract_batch(mesh: jax.sharding.Mesh, rows: int, tokens: int, top_k: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the batch that the train step takes: `rows` packed rows of `tokens`.
+
+    Args:
+      top_k: how many of a teacher's likeliest tokens were stored ahead for each position; 0: none.
+    """
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {name: ((), jnp.float32 if name == "weights" else jnp.int32) for name in BATCH_FIELDS}
+    if top_k:
+        kinds |= dict(zip(TEACHER_FIELDS, (((top_k,), jnp.int32), ((top_k + 1,), jnp.float32))))
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((rows, tokens, *width), dtype, sharding=sharding) for name, (width, dtype) in kinds.items()}
 
 
 def local_rows(mesh: jax.sharding.Mesh, rows_per_step: int) -> list[int]:

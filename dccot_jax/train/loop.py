@@ -45,9 +45,9 @@ from dccot_jax.stopping import Stopped
 from dccot_jax.train import adapters
 from dccot_jax.train.checkpoint import FINAL, CheckpointError, save_params
 from dccot_jax.train.digest import params_hash
-from dccot_jax.train.feed import batch_sharding, local_rows, to_global
+from dccot_jax.train.feed import abstract_batch, local_rows, to_global
 from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
-from dccot_jax.train.losses import BATCH_FIELDS, TEACHER_FIELDS, Distillation
+from dccot_jax.train.losses import Distillation
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.skips import Skips, Unit, only
 from dccot_jax.train.snapshots import SNAPSHOTS, describe_snapshots, save_snapshot
@@ -324,13 +324,7 @@ def _compile(
     group, (steps, rows, tokens) = ConfigDict(json.loads(train)), sizes
     trained, constants = adapters.abstract_trained(mc, mesh, group)
     state = abstract_state(trained, make_optimizer(group), mesh, constants | abstract_teacher(distill, group.distill, mesh))
-    sharding = batch_sharding(mesh)
-    dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
-    batch = {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    if distill is not None and distill.teacher is None:
-        widths = ((group.distill.top_k, jnp.int32), (group.distill.top_k + 1, jnp.float32))
-        for name, (width, dtype) in zip(TEACHER_FIELDS, widths):
-            batch[name] = jax.ShapeDtypeStruct((rows, tokens, width), dtype, sharding=sharding)
+    batch: dict[str, Any] = abstract_batch(mesh, rows, tokens, group.distill.top_k)
     step = make_train_step(mc, mesh, group, jnp.dtype(compute_dtype), steps=steps, seed=seed, attention=attention, distill=distill)
     if voting:
         step, batch = counting(step), {**batch, VOTE: vote_shape(mesh)}
