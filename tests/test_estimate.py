@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
-from training_cases import TINY, UNTIED, mesh
+from training_cases import TINY, UNTIED, mesh, write_student
 
 from dccot_jax import config as config_lib
 from dccot_jax.cli import main
@@ -339,6 +339,19 @@ def test_a_student_the_trainer_refuses_for_its_rotary_positions_is_estimated_wit
     (tmp_path / "config.json").write_text(json.dumps(fields | {"hidden_act": "relu"}))
     with pytest.raises(ConfigError, match="relu"):
         student_model(config)
+
+
+@pytest.mark.parametrize("kind", ["student", "train:warmup"])
+def test_a_teacher_may_be_an_artifact(kind, tmp_path):
+    folder = write_student(tmp_path / "teacher", UNTIED).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": kind}))
+    asked = {"train__distill__kind": "reverse_kl", "train__distill__teacher": str(folder)}
+    assert teacher_model(tiny_config(**asked)) == UNTIED
+    assert teacher_model(tiny_config(**asked, train__distill__top_k=4)) is None
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "plan"}))
+    with pytest.raises(ConfigError, match=r"train\.distill\.teacher: .*an artifact of stage plan"):
+        teacher_model(tiny_config(**asked))
 
 
 def test_rows_beyond_the_students_positions_are_refused():

@@ -11,6 +11,8 @@ from dccot_jax.config import ConfigError
 from dccot_jax.data.tokenizer import VOCAB_SIZE, load_tokenizer
 from dccot_jax.model import hf
 from dccot_jax.model.config import ModelConfig, ModelError, from_config
+from dccot_jax.train.checkpoint import CheckpointError
+from dccot_jax.train.teacher import read_model
 
 # Fields that change what a model computes and neither its sizes nor its work.
 _SIZELESS = ("rope_scaling", "rope_parameters")
@@ -32,17 +34,17 @@ def student_model(config: ConfigDict) -> tuple[ModelConfig, list[str]]:
 
 
 def teacher_model(config: ConfigDict) -> ModelConfig | None:
-    """The model of ``config.train.distill.teacher``, which may be a config.json alone, or None where none runs beside the student.
+    """The model of ``config.train.distill.teacher``, as the trainer reads it or a config.json alone; None: none runs beside it.
 
-    Raises ConfigError: no such file, or an architecture this decoder does not know.
+    Raises ConfigError: neither a student nor a train artifact nor a Hugging Face model, or an architecture this decoder does not know.
     """
     distill = config.train.distill
     if distill.kind == "none" or distill.top_k:
         return None
     path = Path(distill.teacher).expanduser()
     try:
-        return hf.read_config(path.parent if path.name == "config.json" else path)
-    except ModelError as error:
+        return read_model(path.parent if path.name == "config.json" else path)[0]
+    except (ModelError, CheckpointError) as error:
         raise ConfigError(f"config.train.distill.teacher: {error}") from None
 
 

@@ -49,13 +49,9 @@ def open_config(mc: ModelConfig | None, tokenizer: epath.Path | None, distill: A
     """
     where = f"config.train.distill.teacher: {distill.teacher!r}"
     try:
-        found = resolve_checkpoint(epath.Path(distill.teacher).expanduser())
-        if isinstance(found, Artifact):
-            teacher, theirs = ModelConfig.from_dict(found.json("student")["model"]), found.file("tokenizer")
-        else:
-            teacher, theirs = hf.read_config(found), found
-            if not any(found.glob("*.safetensors")):
-                raise ModelError(f"no *.safetensors in {found}; a teacher needs its weights")
+        teacher, theirs = read_model(epath.Path(distill.teacher).expanduser())
+        if (theirs / "config.json").exists() and not any(theirs.glob("*.safetensors")):
+            raise ModelError(f"no *.safetensors in {theirs}; a teacher needs its weights")
         if mc is not None:
             check_vocabularies(mc, teacher)
         same = tokenizer is None or _same_tokens(theirs, tokenizer)
@@ -69,6 +65,17 @@ def open_config(mc: ModelConfig | None, tokenizer: epath.Path | None, distill: A
             f" it must be 0 (the teacher runs beside the student) to {teacher.vocab_size}"
         )
     return teacher
+
+
+def read_model(path: epath.PathLike) -> tuple[ModelConfig, epath.Path]:
+    """The model of a Hugging Face directory, or of a student or train artifact, and where its tokenizer is; no weights are read.
+
+    Raises CheckpointError: neither of these. ModelError: an architecture this decoder does not know.
+    """
+    found = resolve_checkpoint(path)
+    if isinstance(found, Artifact):
+        return ModelConfig.from_dict(found.json("student")["model"]), found.file("tokenizer")
+    return hf.read_config(found), found
 
 
 def load_teacher(settings: Distillation | None, distill: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
