@@ -25,13 +25,14 @@ from dccot_jax.estimate.memory import (
     batch_bytes,
     fits,
     gradient_bytes,
+    head_chunks,
     optimizer_bytes,
     parameter_bytes,
     saved_activations,
     step_memory,
     teacher_bytes,
 )
-from dccot_jax.estimate.roofline import link_bytes, predict
+from dccot_jax.estimate.roofline import link_bytes, memory_bytes_moved, predict
 from dccot_jax.estimate.student import student_model, teacher_model
 from dccot_jax.estimate.tiles import tiled_elements
 from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
@@ -192,6 +193,49 @@ def test_forward_flops_are_what_the_compiler_counts():
     cost = jax.jit(forward).lower(shapes, rows, rows, rows).compile().cost_analysis()
     found = forward_per_token(mc, 128)
     assert cost["flops"] == pytest.approx(256 * (found.linear + 2 * found.attention + found.head), rel=0.05)
+
+
+def test_a_teachers_flops_are_what_the_compiler_counts(monkeypatch):
+    """What a wider teacher adds to the loss and its gradient, of one layer and two chunks of the head, which are made twice, in loops
+    whose body counts once. MFU is without it.
+    """
+    from dccot_jax.model import decoder, head
+    from dccot_jax.train.losses import Distillation, weighted_loss
+
+    mc = dataclasses.replace(TINY, vocab_size=512, num_layers=1, max_positions=128)
+    wide = dataclasses.replace(mc, hidden_size=128, intermediate_size=384, head_dim=32)
+    rows = {name: jax.ShapeDtypeStruct((2, 128), jnp.int32) for name in ("tokens", "labels", "segment_ids", "positions", "weights")}
+
+    def flops(teacher: ModelConfig) -> float:
+        def total(params, theirs, batch):
+            return weighted_loss(params, mc, batch, remat="none", distill=Distillation(teacher, 0.0, 1.0, 1.0), teacher=theirs)[0]
+
+        shapes = [jax.eval_shape(lambda model=model: decoder.init_params(model, 0)) for model in (mc, teacher)]
+        return jax.jit(jax.value_and_grad(total)).lower(*shapes, rows).compile().cost_analysis()["flops"]
+
+    alone = dataclasses.replace(BASE, mc=mc, mesh=(1, 1, 1), rows=2, tokens=128, compute_dtype="float32", remat="none")
+    beside = [dataclasses.replace(alone, teacher=teacher) for teacher in (mc, wide)]
+    small, large = (executed_flops(training)["compute"] for training in beside)
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 64 * 2 * 512)
+    added = 256 * 2 * 512 * (wide.hidden_size - mc.hidden_size)  # to one pass of the head: half of two is counted
+    assert flops(wide) - flops(mc) == pytest.approx(large - small - added, rel=0.03)
+    forward = forward_per_token(mc, 128)
+    assert small - executed_flops(alone)["compute"] == 256 * (forward.linear + 2 * forward.attention + 2 * forward.head)
+    assert model_flops(beside[1]) == model_flops(alone)
+
+
+def test_a_teachers_share_of_the_roofline_by_hand():
+    """The same model as its teacher on 64 chips: read and gathered once, its head read twice per chunk, nothing scattered."""
+    beside = dataclasses.replace(BASE, teacher=EIGHT)
+    layers, head, row = 32 * 218_103_808, 128256 * 4096, 4096 * 4096
+    assert link_bytes(beside) - link_bytes(BASE) == pytest.approx(63 / 64 * (layers + head + row) * 2)
+    around = 32 * 4096 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    scores = 32 * 4096**2 * 9 / 16 * 32 * 2 * 6
+    logits = 2 * 4096 * 128256 * 2 * 4
+    moved = (layers + around + 2 * head_chunks(BASE)[0] * head) * 2 + scores + logits
+    assert memory_bytes_moved(beside) - memory_bytes_moved(BASE) == pytest.approx(moved)
+    alone, both = (predict(training, find_topology("v5p-128")) for training in (BASE, beside))
+    assert both["step_seconds"] > alone["step_seconds"] and both["mfu"] < alone["mfu"]
 
 
 def test_muon_flops_are_what_the_compiler_counts():

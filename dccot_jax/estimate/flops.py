@@ -6,7 +6,8 @@ Two counts:
                   causal. The head counts, the embedding table's look-up does not. Rows count as if each were one document,
                   so packing several into a row makes the figure an upper bound.
   executed FLOPs  what the program does: what the backward pass recomputes, the blocks of attention on the diagonal, which the mask
-                  discards in part (`estimate/attention.py`), and the orthogonalisation of Muon.
+                  discards in part (`estimate/attention.py`), the forward pass of a teacher beside the student, and the
+                  orthogonalisation of Muon.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dccot_jax.estimate.attention import student_attention
+from dccot_jax.estimate.attention import Attention, student_attention, teacher_attention
 from dccot_jax.estimate.training import Training, tensor_parts, weights
 from dccot_jax.model.config import ModelConfig
 from dccot_jax.train.muon import ITERATIONS
@@ -22,11 +23,28 @@ from dccot_jax.train.muon import ITERATIONS
 # Forward passes' worth of work in a step: 1 forward, 2 backward, and what is recomputed. The head's chunks are in any case.
 LINEAR_PASSES = {"nothing_saveable": 4, "dots": 3, "none": 3}
 HEAD_PASSES = 4
+TEACHER_HEAD_PASSES = 2  # its logits are made again for the student's gradient
 
 
-def attention_passes(training: Training) -> float:
-    """The same of attention, whose projections alone "dots" keeps."""
-    return student_attention(training).passes(recomputed=training.remat != "none")
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A model in the step, its attention in one micro-batch, and forward passes' worth of work of its layers, attention and head."""
+
+    mc: ModelConfig
+    attention: Attention
+    linear: int
+    attended: float
+    head: int
+
+
+def models(training: Training) -> list[Part]:
+    """The student and, of which only the forward pass is made, a teacher beside it. Of the layers "dots" keeps the projections alone."""
+    own = student_attention(training)
+    attended = own.passes(recomputed=training.remat != "none")
+    found = [Part(training.mc, own, LINEAR_PASSES[training.remat], attended, HEAD_PASSES)]
+    if training.teacher is not None:
+        found.append(Part(training.teacher, teacher_attention(training, training.teacher), 1, 1.0, TEACHER_HEAD_PASSES))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +81,13 @@ def executed_flops(training: Training) -> dict[str, int]:
     Heads are split over ``tensor`` only where the axis divides the key/value heads, and the vocabulary and the hidden layer only
     where it divides them; what is not split is computed by every device.
     """
-    mc, tensor, layer = training.mc, training.mesh[2], student_attention(training)
-    forward = forward_per_token(mc, training.tokens)
-    linear = sum(2 * weight.used for weight in weights(mc, training.mesh) if weight.stacked and weight.matrix)
-    head = forward.head // tensor_parts(mc.vocab_size, tensor)
-    rows = training.device_rows * training.microbatches
-    work = rows * training.tokens * (LINEAR_PASSES[training.remat] * linear + HEAD_PASSES * head)
-    attention = rows * mc.num_layers * 4 * layer.heads * layer.head_dim * layer.pairs()
-    work += round(attention_passes(training) * attention)
+    rows, work = training.device_rows * training.microbatches, 0
+    for part in models(training):
+        mc, layer = part.mc, part.attention
+        linear = sum(2 * weight.used for weight in weights(mc, training.mesh) if weight.stacked and weight.matrix)
+        head = forward_per_token(mc, training.tokens).head // tensor_parts(mc.vocab_size, training.mesh[2])
+        work += rows * training.tokens * (part.linear * linear + part.head * head)
+        work += round(part.attended * rows * mc.num_layers * 4 * layer.heads * layer.head_dim * layer.pairs())
     return {"compute": work, "float32": muon_flops(training) if training.optimizer == "muon" else 0}
 
 

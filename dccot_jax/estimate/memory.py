@@ -184,7 +184,7 @@ def loop_bytes(training: Training) -> int:
 
     They are alive once; the temporaries of libtpu's memory analysis (0.0.50) exceed what it lays out by about their size (docs/scale.md).
     """
-    table = head_table(training)
+    table = head_table(training, training.mc)
     head = table.used * FLOAT32 if table.trained else 0
     return saved_activations(training) + head + sum_bytes(training)
 
@@ -241,7 +241,7 @@ def _layers(training: Training) -> int:
         for weight in weights(training.mc, training.mesh)
         if weight.stacked
     )
-    table = head_table(training)
+    table = head_table(training, training.mc)
     beside = chunk_bytes(training) + (3 * table.local * FLOAT32 if training.mc.tie_embeddings and table.trained else 0)
     return _held(training, "layers") + copy_bytes(training) + saved_activations(training) + max(attention, mlp) + largest + beside
 
@@ -252,12 +252,12 @@ def _head(training: Training) -> int:
 
     Gaps: where the gathered head was made, libtpu leaves between nothing and as much again unused (docs/scale.md); half is counted.
     """
-    table = head_table(training)
+    table = head_table(training, training.mc)
     gaps = table.used * training.compute_bytes // 2 if training.tiled and table.used != table.local else 0
     work = gaps + table.used * (training.compute_bytes + (2 * FLOAT32 if table.trained else 0)) + 2 * chunk_bytes(training)
     if training.teacher is not None:
         positions = training.device_rows * training.tokens
-        gathered = next(w.used for w in weights(training.teacher, training.mesh) if w.name == _head_name(training.teacher))
+        gathered = head_table(training, training.teacher).used
         work += (gathered + positions * training.teacher.hidden_size) * training.compute_bytes + 2 * chunk_bytes(training)
     return _held(training, "head") + copy_bytes(training) + saved_activations(training) + work
 
@@ -271,13 +271,10 @@ def _teacher(training: Training, teacher: ModelConfig) -> int:
     return _held(training, "teacher") + copy_bytes(training) + saved_activations(training) + work + largest
 
 
-def head_table(training: Training) -> Weight:
-    """The weight of the output head: the embedding table where it is tied."""
-    return next(weight for weight in weights(training.mc, training.mesh) if weight.name == _head_name(training.mc))
-
-
-def _head_name(mc: ModelConfig) -> str:
-    return "embed" if mc.tie_embeddings else "head"
+def head_table(training: Training, mc: ModelConfig) -> Weight:
+    """The weight of the output head of the student or the teacher `mc`: the embedding table where it is tied."""
+    name = "embed" if mc.tie_embeddings else "head"
+    return next(weight for weight in weights(mc, training.mesh) if weight.name == name)
 
 
 def _muon(training: Training) -> int:
