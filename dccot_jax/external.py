@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
-from dccot_jax.artifact import MANIFEST, Artifact, file_hash, open_artifact
+from dccot_jax.artifact import MANIFEST, Artifact, file_hash, open_artifact, walk
+from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.records import content_hash
 
 
@@ -18,8 +20,11 @@ def _cached_hash(path: str, size: int, modified: float) -> str:
     return file_hash(path)
 
 
-def _hash_of(path: Path) -> str:
-    stat = path.stat()
+def _hash_of(path: epath.PathLike) -> str:
+    if "://" in str(path):
+        found = epath.Path(path).stat()
+        return _cached_hash(str(path), found.length, float(found.mtime))
+    stat = Path(path).stat()
     return _cached_hash(str(path), stat.st_size, stat.st_mtime)
 
 
@@ -99,19 +104,24 @@ def student_files(config: ConfigDict) -> dict[str, str]:
 def train_files(config: ConfigDict) -> dict[str, str]:
     """What a teacher of distributions is: the hashes of its files, or of the artifact that it is."""
     teacher = config.train.distill.teacher
-    folder = Path(teacher).expanduser()
+    folder = epath.Path(teacher).expanduser()
     if teacher and (folder / MANIFEST).exists():
         return {"teacher": open_artifact(folder).logical_hash}
     return {f"teacher:{name}": value for name, value in _model_files(teacher).items()}
 
 
 def _model_files(place: str, *, deep: bool = False) -> dict[str, str]:
-    """Hashes of the files of a Hugging Face directory by their names; none where `place` is none. `deep`: of its folders too."""
-    folder = Path(place).expanduser()
+    """Hashes of a GGUF file or of the files of a Hugging Face directory, by their names; none where `place` is neither.
+
+    `place` may lie in a bucket. `deep`: of the directory's folders too.
+    """
+    folder = epath.Path(place).expanduser()
+    if place and is_gguf(place) and folder.exists():
+        return {folder.name: _hash_of(folder)}
     if not place or not folder.is_dir():
         return {}
     kinds = (".json", ".safetensors", ".jinja", ".txt", ".model")
-    found = sorted(folder.rglob("*") if deep else folder.iterdir())
+    found = sorted(walk(folder) if deep else folder.iterdir(), key=str)
     return {str(path.relative_to(folder)): _hash_of(path) for path in found if path.suffix in kinds}
 
 

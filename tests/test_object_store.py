@@ -17,6 +17,7 @@ from dccot_jax import pipeline
 from dccot_jax.artifact import ArtifactWriter, walk, write_atomic
 from dccot_jax.context import Context
 from dccot_jax.data.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
+from dccot_jax.external import train_files
 from dccot_jax.stopping import Stopped
 from dccot_jax.train.logs import TrainLog, read_log
 from dccot_jax.train.loop import run
@@ -34,6 +35,18 @@ def test_a_file_is_replaced_whole_and_a_directory_is_walked(bucket):
     write_atomic(bucket / "a" / "c" / "d.txt", b"d")
     assert OBJECTS == {"bucket/a/b.txt": b"new", "bucket/a/c/d.txt": b"d"}
     assert sorted(str(path) for path in walk(bucket / "a")) == ["gs://bucket/a/b.txt", "gs://bucket/a/c/d.txt"]
+
+
+def test_a_model_in_a_bucket_counts_by_its_files(bucket):
+    def identity(teacher):
+        return train_files(tiny_config(train__distill__kind="forward_kl", train__distill__teacher=teacher))
+
+    for name, data in (("one", b"{}"), ("two", b"[]")):
+        put(f"bucket/{name}/config.json", data)
+        put(f"bucket/{name}/model.safetensors", b"weights")
+    one, two = identity("gs://bucket/one"), identity("gs://bucket/two")
+    assert one.keys() == two.keys() == {"teacher:config.json", "teacher:model.safetensors"}
+    assert {name for name in one if one[name] != two[name]} == {"teacher:config.json"}
 
 
 def test_listings_are_not_remembered(bucket, monkeypatch):

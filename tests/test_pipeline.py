@@ -188,3 +188,13 @@ def test_local_files_are_hashed_under_either_name(tmp_path, ending):
     (tmp_path / "boolq" / f"test{ending}").write_text("other rows")
     after = external.task_files(cfg)
     assert {name for name in after if after[name] != before[name]} == {f"file:boolq/test{ending}"}
+
+
+def test_a_student_counts_by_what_its_file_holds(tmp_path):
+    cfg = tiny_config(student__path=str(tmp_path / "student.gguf"))
+    assert external.student_files(cfg) == {}
+    found = []
+    for data in (b"GGUF1", b"GGUF22", b"GGUF1"):
+        (tmp_path / "student.gguf").write_bytes(data)
+        found.append(external.student_files(cfg))
+    assert found[0] == found[2] != found[1] and list(found[0]) == ["path:student.gguf"]
