@@ -42,7 +42,7 @@ def child(shape: str, dtype: str) -> None:
     from dccot_jax.model.hf_config import from_hf
     from dccot_jax.model.sharding import make_mesh
     from dccot_jax.train.adapters import abstract_trained
-    from dccot_jax.train.feed import batch_sharding
+    from dccot_jax.train.feed import abstract_batch
     from dccot_jax.train.step import abstract_state, make_train_step
 
     compile_cache.enable()
@@ -51,9 +51,7 @@ def child(shape: str, dtype: str) -> None:
     train = default_config().train
     mc = from_hf({"model_type": "llama", **(SHAPE_135M if shape == "135m" else SHAPE_25M)})
     state = abstract_state(abstract_trained(mc, mesh, train)[0], loop.make_optimizer(train), mesh)
-    size = (train.rows_per_step, train.row_tokens)
-    kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in loop.BATCH_FIELDS}
-    batch = {name: jax.ShapeDtypeStruct(size, kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
+    batch = abstract_batch(mesh, train.rows_per_step, train.row_tokens)
     step = make_train_step(mc, mesh, train, jnp.dtype(dtype), steps=100)
     times = [time.perf_counter()]
     with jax.set_mesh(mesh):

@@ -18,6 +18,16 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "test_kill_resume.py",
+    "test_process_faults.py",
+    "test_soak.py",
+    "test_object_store.py",
+)  # begun first, so that none is left alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def test_sigkill_of_one_ends_the_other_with_a_clear_line(undisturbed, workdir, k
 @pytest.mark.parametrize("filled", [0, 1])
 def test_a_disk_full_for_one_process_ends_both_and_leaves_the_checkpoint_before(undisturbed, workdir, filled):
     """A limit on the size of files stands in for the disk."""
-    with Run(workdir, 2, heartbeat=HEARTBEAT_SECONDS) as run:
+    with Run(workdir, 2, heartbeat=25) as run:
         run.reach(20)
         resource.prlimit(run.processes[filled].pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
         codes = run.end(timeout=180)
