@@ -23,7 +23,7 @@ LONGEST = (
     "test_process_faults.py",
     "test_soak.py",
     "test_object_store.py",
-)  # begun first, so that none is left alone
+)  # begun first: none is left alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
