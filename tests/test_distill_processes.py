@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 from tiny import tiny_config
+from worker_processes import reports_of
 
 from dccot_jax import pipeline
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, open_artifact
@@ -81,28 +79,7 @@ def test_two_processes_store_what_one_does(tmp_path):
     for name, artifact in made("run", "tokenize").items():
         artifact.path.rename(tmp_path / name)
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    started = [
-        subprocess.Popen([sys.executable, str(here), str(tmp_path), str(i), str(port)], env=environment, stdout=-1, stderr=-1, text=True)
-        for i in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs):
-        assert process.returncode == 0, errors[-3000:]
-    reports = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
+    reports = reports_of(__file__, tmp_path, PROCESSES)
 
     result, everything = store(tmp_path, tmp_path / "one", 0, 1)
     parts = [set(report["first"]) for report in reports]

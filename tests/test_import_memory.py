@@ -46,7 +46,7 @@ def write_random(folder: Path, mc: ModelConfig) -> Path:
     return folder
 
 
-def measure(folder: Path, mc: ModelConfig, dtype: str, fsdp: int, processes: int) -> None:
+def check_memory(folder: Path, mc: ModelConfig, dtype: str, fsdp: int, processes: int) -> None:
     """Every process stays within its bound and reads its own bytes, once; the measurement sees the parameters. Prints its figures."""
     port = ""
     if processes > 1:
@@ -108,10 +108,10 @@ def billion(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.mark.parametrize(("dtype", "fsdp", "processes"), [("float32", 1, 1), ("bfloat16", 2, 1)])
 def test_a_small_checkpoint(small: Path, dtype: str, fsdp: int, processes: int):
-    measure(small, SMALL, dtype, fsdp, processes)
+    check_memory(small, SMALL, dtype, fsdp, processes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fsdp", "processes"), [("float32", 1, 1), ("bfloat16", 1, 1), ("bfloat16", 4, 2)])
 def test_one_billion_parameters(billion: Path, dtype: str, fsdp: int, processes: int):
-    measure(billion, LARGE, dtype, fsdp, processes)
+    check_memory(billion, LARGE, dtype, fsdp, processes)

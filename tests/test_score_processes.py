@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from worker_processes import reports_of
 
 PROCESSES = 2
 ROWS = 30
@@ -74,30 +72,7 @@ def _worker(folder: Path, index: int, port: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(here), str(tmp_path / "two"), str(i), str(port)], env=environment, stdout=-1, stderr=-1, text=True
-        )
-        for i in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs):
-        assert process.returncode == 0, errors[-3000:]
-    reports = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
+    reports = reports_of(__file__, tmp_path / "two", PROCESSES)
     parts = [set(report["first"]) for report in reports]
     assert len(parts[0]) + len(parts[1]) == len(parts[0] | parts[1]) == ROWS and all(parts)
     for report in reports:
