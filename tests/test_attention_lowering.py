@@ -19,8 +19,7 @@ from dccot_jax.model.backends import cudnn, xla
 from dccot_jax.model.backends.meaning import Form
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.train.checkpoint import abstract_params
-from dccot_jax.train.feed import batch_sharding
-from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.feed import abstract_batch
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.step import abstract_state, make_train_step
 
@@ -89,8 +88,7 @@ def test_a_train_step_with_splash_compiles_for_a_tpu(sizes, head_dim, tokens, ca
     mesh = make_mesh(sizes, tpu_devices(find_topology("v5e-4")))
     train = run_config(rows_per_step=16, microbatches=2, row_tokens=tokens).train
     state = abstract_state(abstract_params(mc, mesh), make_optimizer(train), mesh)
-    dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
-    batch = {name: jax.ShapeDtypeStruct((16, tokens), dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
+    batch = abstract_batch(mesh, 16, tokens)
     found = {}
     for name in ("xla", "splash"):
         with jax.set_mesh(mesh):

@@ -17,8 +17,7 @@ from training_cases import TINY, mesh, run_config
 
 from dccot_jax.model.sharding import AXES, make_mesh
 from dccot_jax.train.checkpoint import abstract_params
-from dccot_jax.train.feed import batch_sharding
-from dccot_jax.train.losses import BATCH_FIELDS
+from dccot_jax.train.feed import abstract_batch
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.step import abstract_state, make_train_step
 
@@ -46,8 +45,7 @@ EXPECTED = {
 def _compiled(on):
     train = run_config(remat="nothing_saveable").train
     state = abstract_state(abstract_params(MC, on), make_optimizer(train), on)
-    dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_FIELDS}
-    batch = {name: jax.ShapeDtypeStruct((ROWS, TOKENS), dtype, sharding=batch_sharding(on)) for name, dtype in dtypes.items()}
+    batch = abstract_batch(on, ROWS, TOKENS)
     with jax.set_mesh(on):
         return make_train_step(MC, on, train, jnp.float32, steps=4).lower(state, batch).compile(), state
 

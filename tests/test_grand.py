@@ -18,7 +18,7 @@ from dccot_jax.model.lora import with_adapters
 from dccot_jax.model.sharding import make_mesh, param_shardings
 from dccot_jax.select.gradients import norms
 from dccot_jax.select.gradients.layout import measure_streams, plan_streams, stream_arrays
-from dccot_jax.select.gradients.rows import by_stream
+from dccot_jax.select.gradients.rows import by_stream, remat_policy
 from dccot_jax.select.gradients.subset import choose, weight_names
 from dccot_jax.select.views import Row
 from dccot_jax.train.checkpoint import abstract_params
@@ -176,3 +176,10 @@ def test_subsets_are_names_or_patterns():
             choose(TINY, patterns, key="k")
     with pytest.raises(ConfigError, match=r"config\.k: 'embed' has a row per token"):
         choose(TINY, ("*",), key="k", tables=False)
+
+
+def test_products_are_kept_where_they_fit_and_a_policy_that_was_asked_for_stays():
+    wide = dataclasses.replace(TINY, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, head_dim=128)
+    assert remat_policy(TINY, 2048, "float32", "nothing_saveable") == "dots"
+    assert remat_policy(wide, 2048, "bfloat16", "nothing_saveable") == "nothing_saveable"
+    assert remat_policy(wide, 2048, "bfloat16", "dots") == "dots" and remat_policy(TINY, 2048, "float32", "none") == "none"
