@@ -113,13 +113,15 @@ def compare(
         peer.ask(do="score", rows=str(files[sample]), way="batched", batch=8, first=8)  # warm
         trials = {b: peer.ask(do="score", rows=str(files[sample]), way="batched", batch=b)["seconds"] for b in args.batches}
         batch = min(trials, key=lambda b: trials[b])
-        times: dict[str, list[float]] = {"ours": [], "batched": [trials[batch]]}
+        times: dict[str, list[float]] = {"ours": [], "batched": [trials[batch]], "single": []}
         theirs = None
         for _ in range(args.repeats):
             times["ours"].append(ours.score(rows[sample], context)[0])
             answer = peer.ask(do="score", rows=str(files[sample]), way="batched", batch=batch)
             times["batched"].append(answer["seconds"])
             theirs = np.array(answer["scores"])
+            if sample == "mixed":
+                times["single"].append(peer.ask(do="score", rows=str(files[sample]), way="single")["seconds"])
         count = len(rows[sample])
         found[sample] = {
             "rows": count,
@@ -130,10 +132,8 @@ def compare(
             "first_call_s": compile_s,
             "largest_difference": dict(zip(SIGNALS, np.abs(scores - theirs).max(0).tolist())),
         }
-        if sample == "mixed":
-            few = min(args.single_rows, count)
-            single = min(peer.ask(do="score", rows=str(files[sample]), way="single", first=few)["seconds"] for _ in range(args.repeats))
-            found[sample]["single_rows_per_s"] = few / single
+        if times["single"]:
+            found[sample]["single_rows_per_s"] = count / min(times["single"])
     return found
 
 
@@ -193,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--samples", nargs="+", choices=("mixed", "shared"), default=["mixed", "shared"])
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--questions", type=int, default=6, help="of the sample with 16 traces each")
-    parser.add_argument("--single_rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

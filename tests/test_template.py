@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dccot_jax.data import template, tokenizer
+from dccot_jax.records import InputError
 
 CORPUS = [
     f"Tom has {i} apples and buys {j} more. How many apples does Tom have?\n{i} + {j} = {i + j}\nThe answer is {i + j}."
@@ -89,6 +90,22 @@ def test_directory_without_tokenizer_is_refused(tmp_path):
         tokenizer.load_tokenizer(tmp_path)
     with pytest.raises(tokenizer.TokenizerError, match=r"no tokenizer\.json"):
         tokenizer.copy_tokenizer(tmp_path, tmp_path / "out")
+
+
+def test_broken_tokenizer_files_are_named(directory, tmp_path):
+    whole = {name: (directory / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
+    for name, text, said in (
+        ("tokenizer.json", whole["tokenizer.json"][:400], r"tokenizer\.json: not JSON"),
+        ("tokenizer_config.json", "{'eos_token':", r"tokenizer_config\.json: not JSON"),
+        ("tokenizer.json", '{"model": {"type": "NoSuch"}}', r"transformers cannot read this tokenizer: .+"),
+    ):
+        for each, kept in whole.items():
+            (tmp_path / each).write_text(text if each == name else kept)
+        with pytest.raises(InputError, match=said):
+            tokenizer.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer\.json: not JSON"):
+        tokenizer.tokenizer_hash(tmp_path)
 
 
 def test_mask_token_by_token(tok):

@@ -7,6 +7,7 @@ the chat template spends one special token per turn boundary, because the studen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from dccot_jax.artifact import write_atomic
-from dccot_jax.model.hf_files import TOKENIZER_FILES
+from dccot_jax.model.hf_files import TOKENIZER_FILES, read_json
 from dccot_jax.records import InputError, canonical_json, content_hash
 
 if TYPE_CHECKING:
@@ -93,18 +94,26 @@ def embedded_tokenizer_dir(out_dir: epath.PathLike, *, max_positions: int = 1024
 
 
 def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory. Raises TokenizerError if it has no ``tokenizer.json``."""
+    """The tokenizer of a Hugging Face directory. Raises TokenizerError if it has no ``tokenizer.json``, or one that cannot be read."""
     path = epath.Path(directory).expanduser()
     if not (path / "tokenizer.json").exists():
         raise TokenizerError(f"{path}: no tokenizer.json there; a fast Hugging Face tokenizer is needed")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it prints that torch is missing
     from transformers import AutoTokenizer  # slow to import
 
-    if "://" not in str(path):
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    with tempfile.TemporaryDirectory() as local:  # transformers reads local files only
-        copy_tokenizer(path, local)
-        return AutoTokenizer.from_pretrained(local, local_files_only=True)
+    with contextlib.ExitStack() as stack:
+        local = str(path)
+        if "://" in local:  # transformers reads local files only
+            local = stack.enter_context(tempfile.TemporaryDirectory())
+            copy_tokenizer(path, local)
+        try:
+            return AutoTokenizer.from_pretrained(local, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if (path / name).exists():
+                    read_json(path / name)  # says which file and where
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise TokenizerError(f"{path}: transformers cannot read this tokenizer: {said[:300]}") from error
 
 
 def copy_tokenizer(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -125,10 +134,10 @@ def tokenizer_hash(directory: epath.PathLike) -> str:
     Formatting, the maximal length and the file the template lives in do not matter.
     """
     path = epath.Path(directory)
-    model = json.loads((path / "tokenizer.json").read_text())
+    model = read_json(path / "tokenizer.json")
     for key in ("truncation", "padding"):  # call-time settings, which save_pretrained may leave behind
         model.pop(key, None)
-    config = json.loads((path / "tokenizer_config.json").read_text()) if (path / "tokenizer_config.json").exists() else {}
+    config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
     return content_hash("tokenizer/1", model, _template_text(path, config), _special_tokens(config), digits=64)
 
 
@@ -136,7 +145,7 @@ def _template_text(path: epath.Path, config: Mapping[str, Any]) -> str:
     if (path / "chat_template.jinja").exists():
         return (path / "chat_template.jinja").read_text()
     if (path / "chat_template.json").exists():
-        return str(json.loads((path / "chat_template.json").read_text()).get("chat_template", ""))
+        return str(read_json(path / "chat_template.json").get("chat_template", ""))
     template = config.get("chat_template") or ""
     return template if isinstance(template, str) else canonical_json(template)
 

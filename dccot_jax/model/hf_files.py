@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from dccot_jax.model.config import ModelError
 
 # Everything a tokenizer may be made of; copied as is, so that an export is byte for byte what the student learned with.
@@ -25,7 +27,7 @@ TOKENIZER_FILES = (
 GENERATION_CONFIG = "generation_config.json"  # how the model's authors generate; goes with its weights
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """Raises ModelError if the file is not JSON."""
     try:
         return json.loads(path.read_text())
