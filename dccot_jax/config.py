@@ -1,4 +1,4 @@
-"""The configuration: every key with its default, what depends on what, and checks that run before any work.
+"""The configuration: every key with its default, changing it, and checks that run before any work.
 
 A config file is Python with a `get_config()` that starts from `default_config()` and changes values. The dict is
 locked: an unknown or ill-typed key fails at once.
@@ -238,65 +238,6 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
-# Keys that change speed, place or appearance and never a result: recorded in manifests, not hashed. (Of files, the content is.)
-UNHASHED = frozenset(
-    {
-        "name",
-        "data_dir",
-        "mesh",
-        "attention",
-        "score.batch_tiles",
-        "score.chunk_rows",
-        "score.deita.complexity_model",
-        "score.deita.quality_model",
-        "score.models",
-        "score.sentences.model",
-        "select.tables",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.keep_best",
-        "train.max_skipped",
-        "train.step_deadline_seconds",
-        "train.log_every",
-        "evaluate.batch_rows",
-    }
-)
-
-# Keys that came later, with the value at which they change nothing: left out there, so that older runs keep their identities.
-ADDED_LATER = {
-    "score.gradients.norm": "ghost",
-    "score.gradients.norm_subset": ["*"],
-    "score.gradients.subset": [],
-    "score.gradients.checkpoints": 4,
-    "score.gradients.dim": 8192,
-    "score.gradients.projection": "rademacher",
-    "score.gradients.seed": 0,
-    "score.gradients.validation": [],
-    "student.model.sliding_window": 0,
-    "student.model.attn_softcap": 0.0,
-    "student.model.final_softcap": 0.0,
-    "train.decay_share": 0.2,
-    "train.distill.kind": "none",
-    "train.distill.teacher": "",
-    "train.distill.weight": 1.0,
-    "train.distill.temperature": 1.0,
-    "train.distill.beta": 0.5,
-    "train.distill.teacher_dtype": "bfloat16",
-    "train.distill.top_k": 0,
-    "train.distill.top_k_dtype": "float32",
-    "train.lora.preset": "",
-    "train.lora.rank": 0,
-    "train.lora.alpha": 0.0,
-    "train.lora.dropout": 0.0,
-    "train.lora.targets": [],
-    "train.lora.frozen_dtype": "float32",
-    "train.snapshots": 0,
-}
-
-# What still has a meaning in a section whose kind is "none".
-SWITCHED_OFF = frozenset({"mix.kind", "mix.total_examples", "mix.total_tokens", "curriculum.kind"})
-
-
 def to_plain(value: Any) -> Any:
     """ConfigDicts and tuples as plain dicts and lists, ready for JSON."""
     if isinstance(value, ConfigDict):
@@ -306,26 +247,6 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value
-
-
-def config_slice(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
-    """The part of a config that a stage depends on, as {dotted key: plain value}, without `UNHASHED` keys and
-    without those of `ADDED_LATER` that are off.
-
-    A section that is switched off (its ``kind`` is "none") counts with what still works in it (`SWITCHED_OFF`) alone.
-    Adapters are drawn by the run's seed: where ``train`` asks for them, ``seed`` counts too.
-    """
-    found: dict[str, Any] = {}
-    for key in keys:
-        value = lookup(config, key)
-        off = isinstance(value, ConfigDict) and value.get("kind") == "none"
-        for name, item in _flatten(key, value):
-            later = name in ADDED_LATER and item == ADDED_LATER[name]
-            if not (_unhashed(name) or later or (off and name not in SWITCHED_OFF)):
-                found[name] = item
-    if "train" in keys and (config.train.lora.rank or config.train.lora.preset):
-        found["seed"] = config.seed
-    return found
 
 
 def lookup(config: ConfigDict, key: str) -> Any:
@@ -476,7 +397,7 @@ def validate(config: ConfigDict) -> None:
 
 def resolved_text(config: ConfigDict) -> str:
     """Sorted `key: value` lines, one per leaf: what is stored beside a run and compared in golden files."""
-    return "".join(f"{key}: {canonical_json(value)}\n" for key, value in sorted(_flatten("", config)))
+    return "".join(f"{key}: {canonical_json(value)}\n" for key, value in sorted(flatten("", config)))
 
 
 def _one_of(config: ConfigDict, key: str, accepted: Sequence[str]) -> None:
@@ -517,14 +438,11 @@ def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
+def flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf below `value`, whose own key is `prefix`."""
     if isinstance(value, ConfigDict) and value:
-        return [pair for name, item in value.items() for pair in _flatten(f"{prefix}.{name}" if prefix else name, item)]
+        return [pair for name, item in value.items() for pair in flatten(f"{prefix}.{name}" if prefix else name, item)]
     return [(prefix, to_plain(value))]
-
-
-def _unhashed(name: str) -> bool:
-    return any(name == key or name.startswith(f"{key}.") for key in UNHASHED)
 
 
 def _as_tuple(value: Any) -> Any:

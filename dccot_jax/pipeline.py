@@ -31,6 +31,7 @@ from dccot_jax.artifact import (
     write_atomic,
 )
 from dccot_jax.config import ConfigError
+from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.external import EXTERNAL
 from dccot_jax.model.gguf_io import is_gguf
@@ -412,7 +413,7 @@ def _inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, Artifact]:
 
 
 def _identity(node: Node, inputs: Mapping[str, Artifact]) -> tuple[str, dict[str, Any], dict[str, str]]:
-    semantic = config_lib.config_slice(node.config, node.stage.config_keys)
+    semantic = config_slice(node.config, node.stage.config_keys)
     hashes = {role: str(item.facts[node.facets[role]]) if role in node.facets else item.logical_hash for role, item in inputs.items()}
     if node.stage.external:
         hashes.update(EXTERNAL[node.stage.external](node.config))

@@ -16,6 +16,7 @@ from tiny import tiny_config
 from dccot_jax import pipeline
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.config import ConfigError
+from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.preflight import check
@@ -193,7 +194,7 @@ def test_resume_repeats_no_chunk_and_other_batches_change_nothing(made, monkeypa
 def test_settings_of_gradients_matter_only_where_they_are_asked_for(made):
     def identity(config):
         node = pipeline.graph(config, base=False)["score"]
-        return pipeline.config_lib.config_slice(node.config, node.stage.config_keys)
+        return config_slice(node.config, node.stage.config_keys)
 
     assert identity(settings()) != identity(settings(score__gradients__dim=96))
     plain = {"score__signals": ("nll",), "select__steps": ()}

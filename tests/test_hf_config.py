@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from family_cases import CASES, tiny
 
-from dccot_jax.config import config_slice, default_config, override
+from dccot_jax.config import default_config, override
+from dccot_jax.config_identity import config_slice
 from dccot_jax.model.config import ModelConfig, ModelError, from_config
 from dccot_jax.model.families import FAMILIES
 from dccot_jax.model.hf_config import from_hf, to_hf

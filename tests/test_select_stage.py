@@ -11,7 +11,8 @@ from toy_task import FakeTeacher, config, install, question, run_stage, traces_a
 
 from dccot_jax import external
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
-from dccot_jax.config import ConfigError, config_slice
+from dccot_jax.config import ConfigError
+from dccot_jax.config_identity import config_slice
 from dccot_jax.preflight import check
 from dccot_jax.records import make_trace
 from dccot_jax.select import stage

@@ -6,6 +6,7 @@ import pytest
 
 from dccot_jax import config as config_lib
 from dccot_jax.config import ConfigError
+from dccot_jax.config_identity import config_slice
 from dccot_jax.preflight import check
 from dccot_jax.train.settings import lora_settings
 
@@ -39,8 +40,8 @@ def test_what_cannot_work_is_named(changes, words):
 def test_adapters_count_with_the_seed_they_are_drawn_by_and_nothing_changes_without_them():
     plain = config_lib.default_config()
     later = ("train.lora", "train.distill", "seed")
-    assert not [name for name in config_lib.config_slice(plain, ("train",)) if name.startswith(later)]
+    assert not [name for name in config_slice(plain, ("train",)) if name.startswith(later)]
     chosen = config_lib.override(plain, {"train.lora.preset": "r32_all", "seed": 5})
     check(chosen, devices=False)
-    assert config_lib.config_slice(chosen, ("train",))["seed"] == 5
+    assert config_slice(chosen, ("train",))["seed"] == 5
     assert lora_settings(chosen.train) == {"rank": 32, "alpha": 64.0, "targets": ("all-linear",), "dropout": 0.0}

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from dccot_jax import config as config_lib
 from dccot_jax import pipeline, preflight
 from dccot_jax.artifact import Artifact, file_hash, write_atomic, write_table
+from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.external import EXTERNAL
 from dccot_jax.records import InputError, content_hash, count_reasons
@@ -133,7 +134,7 @@ def _made_from(request: Request) -> str:
     options, files = [], {}
     for node in nodes:
         keys = [key for key in node.stage.config_keys if key != "student"]  # known by its files
-        options.append([node.name, node.stage.version, dict(node.inputs), config_lib.config_slice(node.config, keys)])
+        options.append([node.name, node.stage.version, dict(node.inputs), config_slice(node.config, keys)])
         files |= EXTERNAL[node.stage.external](node.config) if node.stage.external else {}
     read = [request.format, request.gold_field, request.answer_type, request.max_length]
     return content_hash("scores/1", file_hash(request.file), options, files, read)

@@ -33,7 +33,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, copy_tree, json_hash
-from dccot_jax.config import ConfigError, config_slice, to_plain
+from dccot_jax.config import ConfigError, to_plain
+from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource, batches
 from dccot_jax.model.backends.choice import choose
