@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DCCOT_COMPILE_CACHE", "off")
+if "DCCOT_COMPILE_CACHE" not in os.environ:  # of this run alone, for all its workers and the commands they start
+    os.environ["DCCOT_COMPILE_CACHE"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["DCCOT_COMPILE_CACHE"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
@@ -16,6 +21,10 @@ if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # small programs: compiling them is most of the suite's time
 
 import pytest
+
+from dccot_jax import compile_cache
+
+compile_cache.enable()
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
