@@ -114,6 +114,8 @@ def _check_student(config: ConfigDict, *, devices: bool) -> ModelConfig:
         if key == "path" and is_gguf(folder):
             continue  # read below, tokenizer and all in one file
         if folder and folder != "embedded" and not (Path(folder).expanduser() / "tokenizer.json").exists():
+            if "://" in folder:
+                raise ConfigError(f"config.student.{key}: {folder!r} must be on a local disk of every host; copy it there first")
             raise ConfigError(f"config.student.{key}: {folder!r} is not a Hugging Face directory (no tokenizer.json there)")
     where = "path" if config.student.path else "model"
     try:

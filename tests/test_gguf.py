@@ -308,16 +308,26 @@ def test_a_student_that_cannot_be_is_refused_before_any_work(tmp_path: Path):
         check(tiny_config(student__path=str(tmp_path / "none.gguf")), devices=False)
 
 
+WINDOWS = {"sliding_window": 6, "rms_eps": 1e-6}
+AGAINST_TRANSFORMERS = {  # where it does not read the size of a head or the base, it is the one it takes
+    "llama": {"rope_theta": 700.0, "tie_embeddings": False},
+    "qwen2": {"rope_theta": 700.0, "tie_embeddings": False, "qkv_bias": True},
+    "qwen3": {"rope_theta": 700.0, "tie_embeddings": False, "head_dim": 128},
+    "gemma2": {**WINDOWS, "head_dim": 256, "window_layers": (0, 2), "attn_softcap": 50.0, "final_softcap": 30.0},
+    "gemma3_text": {**WINDOWS, "head_dim": 256, "window_layers": (0, 1, 2, 3, 4, 6), "rope_theta": 1e6, "rope_local_theta": 1e4},
+}
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("quant", ["F32", "Q8_0"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", AGAINST_TRANSFORMERS)
 def test_logits_equal_transformers_reading_the_same_file(family: str, quant: str, embedded: Path, tmp_path: Path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("accelerate")  # transformers reads no GGUF file without
     from transformers import AutoModelForCausalLM
 
-    size = 128 if family == "qwen3" else 16  # of a head; transformers does not read Qwen3's
-    mc = ModelConfig(family, 512, 64, 96, 2, 4, 2, size, rope_theta=700.0, rms_eps=1e-6, qkv_bias=family == "qwen2", tie_embeddings=False)
+    layers = {"gemma2": 3, "gemma3_text": 7}.get(family, 2)
+    mc = ModelConfig(family, 512, 64, 96, layers, 4, 2, **{"head_dim": 16, "rms_eps": 1e-6, **AGAINST_TRANSFORMERS[family]})
     fields = tokenizer_fields(embedded, "smollm", {"eos": END})
     write_gguf(tmp_path / "m.gguf", random_params(mc, deviation=0.1), mc, quant, fields)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager").eval()

@@ -52,6 +52,7 @@ SMOLLM3 = {
     "rope_scaling": None,
     "rope_theta": 5e6,
 }
+WINDOW_TWICE = {"sliding_window": 4096, "sliding_window_size": 4096}
 UNUSED_WINDOW = {"use_sliding_window": False, "sliding_window": 32768}
 
 
@@ -100,6 +101,10 @@ PUBLISHED = {
     "gemma-2-2b": (
         2_614_341_888,
         published("gemma2", 256000, 2304, 9216, 26, 8, 4, **GEMMA, **CAPS, query_pre_attn_scalar=256, sliding_window=4096),
+    ),
+    "gemma-2-9b-it": (
+        9_241_705_984,
+        published("gemma2", 256000, 3584, 14336, 42, 16, 8, **GEMMA, **CAPS, **WINDOW_TWICE, query_pre_attn_scalar=256),
     ),
     "gemma-3-1b-it": (
         999_885_952,
@@ -176,6 +181,7 @@ REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma2", {"layer_types": ["sliding_attention"]}, "layer_types"),
+    ("gemma2", {"sliding_window_size": 7}, "sliding_window_size"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}, "rope_parameters.rope_theta"),
     ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "rope_parameters.sliding_attention"),
@@ -205,10 +211,17 @@ def test_missing_fields_are_named_and_harmless_ones_are_not():
             "pretraining_tp": 2,
             "_name_or_path": "x",
             "unheard_of": None,
+            "nothing": {},
+            "max_length": 4096,
+            "temperature": 0.6,
+            "top_p": 0.9,
+            "do_sample": True,
         }
         assert from_hf({**to_hf(CASES[name]), **harmless}) == CASES[name]
     with pytest.raises(ModelError, match="model_type 'gemma3' is not supported; known: llama, mistral"):
         from_hf({"model_type": "gemma3"})
+    with pytest.raises(ModelError, match=r"model_type 'gemma3' is not supported \(save its language model, 'gemma3_text', by itself\)"):
+        from_hf({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
 
 
 def test_settings_that_do_not_fit_a_family_are_refused():

@@ -188,7 +188,8 @@ class ModelConfig:
         problems = [f"{name} = {getattr(self, name)} must be at least 1" for name in _SIZES if getattr(self, name) < 1]
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}")
-        if self.num_heads > 0 and self.hidden_size % self.num_heads:
+        refuses = self.family in ("llama", "gemma2", "gemma3_text")
+        if refuses and self.num_heads > 0 and self.hidden_size % self.num_heads:
             problems.append(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}, which transformers refuses")
         if self.head_dim % 2:
             problems.append(f"head_dim = {self.head_dim} must be even (rotary positions)")

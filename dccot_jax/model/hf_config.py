@@ -10,7 +10,7 @@ from typing import Any
 
 from dccot_jax.model.config import ModelConfig, ModelError, RopeScaling, no_rope_by_default, windows_by_default
 from dccot_jax.model.families import FAMILIES, Family
-from dccot_jax.model.hf_fields import HARMLESS, NEUTRAL, OWN, OWN_REQUIRED, READ, REQUIRED
+from dccot_jax.model.hf_fields import GENERATION, HARMLESS, NEUTRAL, OWN, OWN_REQUIRED, READ, REQUIRED
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _HF_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
@@ -34,7 +34,9 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     family = hf.get("model_type", "")
     if family not in FAMILIES:
-        raise ModelError(f"model_type {family!r} is not supported; known: {', '.join(FAMILIES)}")
+        inside = (hf.get("text_config") or {}).get("model_type")
+        hint = f" (save its language model, {inside!r}, by itself)" if inside in FAMILIES else ""
+        raise ModelError(f"model_type {family!r} is not supported{hint}; known: {', '.join(FAMILIES)}")
     arch, problems, layers = FAMILIES[family], _field_problems(hf, family), hf.get("num_hidden_layers") or 0
     theta, scaling, local_theta = _read_rope(hf, arch, problems)
     no_rope = _read_no_rope(hf, arch, layers, problems)
@@ -129,8 +131,8 @@ def _field_problems(hf: Mapping[str, Any], family: str) -> list[str]:
     for name, value in hf.items():
         if name in accepted and value not in accepted[name]:
             problems.append(f"{name} = {value!r} is not supported (it must be {accepted[name][0]!r})")
-        known = name in accepted or name in own or name in READ or name in HARMLESS or name.startswith("_")
-        if not known and value not in (None, False):
+        known = name.startswith("_") or any(name in names for names in (accepted, own, READ, HARMLESS, GENERATION))
+        if not known and value not in (None, False, "", [], {}):
             problems.append(f"{name} = {value!r} is unknown for {family}; it may change the numbers")
     return problems
 
@@ -142,6 +144,8 @@ def _read_windows(
     switch = "use_sliding_window"
     off = arch.windows == "none" or (switch in OWN[hf["model_type"]] and not hf.get(switch))
     window = None if off else hf.get("sliding_window")
+    if hf.get("sliding_window_size") not in (None, hf.get("sliding_window")):
+        problems.append(f"sliding_window_size = {hf['sliding_window_size']!r} does not agree with sliding_window = {window!r}")
     if not off and window is None and hf.get(switch):
         problems.append(f"sliding_window is missing beside {switch} = True")
     if window is not None and window < 1:

@@ -39,7 +39,7 @@ OWN: Mapping[str, frozenset[str]] = {
     "qwen2": frozenset({"hidden_act", *_SWITCHED_WINDOW}),
     "qwen3": frozenset({"hidden_act", "attention_bias", *_SWITCHED_WINDOW}),
     "gemma": frozenset({"hidden_act", "hidden_activation", "attention_bias"}),
-    "gemma2": frozenset({*_GEMMA2, "attn_logit_softcapping"}),
+    "gemma2": frozenset({*_GEMMA2, "attn_logit_softcapping", "sliding_window_size"}),  # some say the window twice
     "gemma3_text": frozenset({*_GEMMA2, "sliding_window_pattern", "rope_local_base_freq"}),
     "smollm3": frozenset({"hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_SWITCHED_WINDOW}),
 }
@@ -94,7 +94,42 @@ HARMLESS = frozenset(
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
         "unsloth_version",
         "use_cache",
+    }
+)
+
+# How its authors generate, which older configs hold too: what counts here is the config's own protocol.
+GENERATION = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
     }
 )
