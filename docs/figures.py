@@ -65,4 +65,6 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "report" / "results.json").exists():
+        sys.exit("usage: python docs/figures.py WORKDIR, of a finished quickstart (WORKDIR/report/results.json)")
     main(Path(sys.argv[1]))

@@ -69,5 +69,7 @@ def comparisons_table(results: dict) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "report" / "results.json").exists():
+        sys.exit("usage: python docs/tables.py WORKDIR, of a finished run (WORKDIR/report/results.json)")
     found = json.loads((Path(sys.argv[1]) / "report" / "results.json").read_text())
     print(training_table(found), cells_table(found), comparisons_table(found), sep="\n\n")
