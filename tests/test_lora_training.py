@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from training_cases import TINY, finished, mesh, run_config, write_training
 
 from dccot_jax.artifact import ArtifactWriter
+from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.model.safetensors_io import TensorReader
 from dccot_jax.train.checkpoint import load_student
 from dccot_jax.train.loop import run
+from dccot_jax.train.snapshots import restore_snapshot_params
 
 
 class Killed(Exception):
@@ -49,7 +52,7 @@ def _read(folder, name, part):
 
 def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_path):
     out = tmp_path / "train"
-    result = _train(inputs, out)
+    result = _train(inputs, out, snapshots=1)
     final = json.loads((out / "final.json").read_text())
     assert final["lora"]["targets"] == ["wq", "w_down"] and final["parameters"] == TINY.num_params()
     d, f, n = TINY.hidden_size, TINY.intermediate_size, TINY.num_heads * TINY.head_dim
@@ -60,7 +63,7 @@ def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_
     # final/ = bfloat16 weights + 8/2 · A·B of the PEFT directory; everything else is the student's own.
     one = mesh(1, 1, 1)
     base = jax.device_get(load_student(inputs["student"], one, param_dtype="bfloat16").params)
-    artifact = finished(out, "train", result.logical_hash)
+    artifact = finished(out, "train", result.logical_hash, config=config_slice(_config(snapshots=1), ("train",)))
     whole = jax.device_get(load_student(artifact, one).params)
     (out / "adapter" / "adapter_model.safetensors").rename(tmp_path / "model.safetensors")
     for name, leaf in whole["layers"].items():
@@ -72,11 +75,19 @@ def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_
         np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(whole["embed"], np.asarray(base["embed"], np.float32))
 
-    # A checkpoint holds adapters alone and opens as the student it would have become.
+    # A checkpoint holds adapters alone and opens as the student it would have become, of the same rounded weights.
     kept = out / "checkpoints" / "8"
     early = jax.device_get(load_student(kept, one).params)
     assert np.abs(early["layers"]["wq"] - whole["layers"]["wq"]).max() > 1e-5
-    np.testing.assert_array_equal(early["layers"]["wk"], jax.device_get(load_student(inputs["student"], one).params)["layers"]["wk"])
+    own = jax.device_get(load_student(inputs["student"], one).params)["layers"]["wk"]
+    assert np.any(own != whole["layers"]["wk"])  # not representable in bfloat16
+    np.testing.assert_array_equal(early["layers"]["wk"], whole["layers"]["wk"])
+    np.testing.assert_array_equal(early["embed"], whole["embed"])
+
+    # The adapters of the last step merge into final/ bit for bit, as a checkpoint and as a snapshot.
+    shutil.copytree(out / "snapshots" / "12", out / "checkpoints" / "12" / "state")
+    for last in (load_student(out / "checkpoints" / "12", one).params, restore_snapshot_params(artifact, 12, TINY, one)):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(last), whole)
 
     # Killed between two checkpoints: bit for bit the same end, dropout included.
     with pytest.raises(Killed):

@@ -111,9 +111,11 @@ def sequence_nll(params, mc: ModelConfig, seq: Sequence_, on: jax.sharding.Mesh)
 # --- a whole training -------------------------------------------------------------------------------------------------
 
 
-def finished(path: Path, kind: str, logical_hash: str, facts: dict[str, Any] | None = None) -> Artifact:
-    """Give a directory a manifest, as the pipeline does."""
-    manifest = {"kind": kind, "identity": kind, "logical_hash": logical_hash, "facts": facts or {}, "files": {}}
+def finished(
+    path: Path, kind: str, logical_hash: str, facts: dict[str, Any] | None = None, config: dict[str, Any] | None = None
+) -> Artifact:
+    """Give a directory a manifest, as the pipeline does. config: the part of the run's that its stage depends on."""
+    manifest = {"kind": kind, "identity": kind, "logical_hash": logical_hash, "config": config or {}, "facts": facts or {}, "files": {}}
     (path / "manifest.json").write_text(json.dumps(manifest))
     return open_artifact(path)
 

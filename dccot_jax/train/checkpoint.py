@@ -122,17 +122,22 @@ def untrained_params(source: Artifact, mesh: jax.sharding.Mesh, dtype: Any) -> A
 def checkpointed_params(path: epath.Path, training: Artifact, mc: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
     """Parameters of a state that a finished training left on disk; adapters merged into the weights they were trained beside.
 
-    Raises ArtifactError if they do not read.
+    These are the student's own in the training's frozen dtype, as in ``final/``. Raises ArtifactError if they do not read.
     """
     settings = training.json("final").get("lora")
     if settings is None:
         return restore_params(path, abstract_params(mc, mesh, dtype), inside="params")
     adapted = dataclasses.replace(mc, lora=settings)
     adapters = restore_params(path, lora.split(adapted, abstract_params(adapted, mesh))[0], inside="params")
-    base = untrained_params(training, mesh, jnp.float32)
+    base = untrained_params(training, mesh, frozen_dtype(training))
     with jax.set_mesh(mesh):
         merged = jax.jit(lambda params, frozen: lora.merge(lora.join(params, frozen), adapted)[0])(adapters, base)
     return _cast(merged, mesh, dtype)
+
+
+def frozen_dtype(training: Artifact) -> str:
+    """Dtype of the weights that a training of adapters left alone (``train.lora.frozen_dtype``)."""
+    return training.manifest["config"].get("train.lora.frozen_dtype", "float32")  # a default is not in the manifest
 
 
 def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]) -> None:

@@ -18,11 +18,10 @@ from etils import epath
 from dccot_jax.artifact import Artifact, ArtifactError
 from dccot_jax.model import lora
 from dccot_jax.model.config import ModelConfig
-from dccot_jax.train.checkpoint import abstract_params, checkpointed_params, first_line, save_params, untrained_params
+from dccot_jax.train.checkpoint import abstract_params, checkpointed_params, first_line, frozen_dtype, save_params, untrained_params
 from dccot_jax.train.optimizer import make_schedule
 
 SNAPSHOTS = "snapshots"  # directory in a train artifact; one folder per step
-_FROZEN = "train.lora.frozen_dtype"
 
 
 def snapshot_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -73,7 +72,7 @@ def restore_snapshot(artifact: Artifact, step: int, mesh: Any) -> dict[str, Any]
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: snapshot does not read ({first_line(error)})") from error
     if mc.lora is not None:
-        found["params"] = lora.join(found["params"], untrained_params(artifact, mesh, artifact.manifest["config"].get(_FROZEN, "float32")))
+        found["params"] = lora.join(found["params"], untrained_params(artifact, mesh, frozen_dtype(artifact)))
     return found
 
 
