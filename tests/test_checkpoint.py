@@ -324,6 +324,10 @@ def test_export_and_open_a_hugging_face_directory(trained, tmp_path):
     student = load_student(tmp_path / "hf", mesh(1, 2, 1))
     _equal(student.params, host_params(UNTIED))
     assert student.eos_id == 1  # <|end|>
+    (tmp_path / "adapter").mkdir()  # somebody's, beside the directory
+    export_hf(tmp_path / "hf", tmp_path / "again")
+    _equal(hf.load_hf(tmp_path / "again")[1], host_params(UNTIED))
+    assert not (tmp_path / "again" / "adapter").exists()
 
 
 def test_a_path_that_holds_no_student_is_refused(tmp_path):

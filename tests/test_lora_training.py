@@ -13,8 +13,9 @@ from training_cases import TINY, finished, mesh, run_config, write_training
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
+from dccot_jax.model.hf import load_hf
 from dccot_jax.model.safetensors_io import TensorReader
-from dccot_jax.train.checkpoint import load_student
+from dccot_jax.train.checkpoint import export_hf, load_student
 from dccot_jax.train.loop import run
 from dccot_jax.train.snapshots import restore_snapshot_params
 
@@ -43,6 +44,14 @@ def inputs(tmp_path_factory):
     return write_training(tmp_path_factory.mktemp("inputs"), TINY, _config())
 
 
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """(its directory, its artifact) of a whole training."""
+    out = tmp_path_factory.mktemp("trained") / "train"
+    result = _train(inputs, out, snapshots=1)
+    return out, finished(out, "train", result.logical_hash, config=config_slice(_config(snapshots=1), ("train",)))
+
+
 def _read(folder, name, part):
     module = {"wq": "self_attn.q_proj", "w_down": "mlp.down_proj"}[name]
     reader = TensorReader(folder)
@@ -50,9 +59,8 @@ def _read(folder, name, part):
     return np.stack([reader.read(leaf, (slice(None), slice(None))).T for leaf in leaves]).astype(np.float64)
 
 
-def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_path):
-    out = tmp_path / "train"
-    result = _train(inputs, out, snapshots=1)
+def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, trained, tmp_path):
+    out, artifact = trained
     final = json.loads((out / "final.json").read_text())
     assert final["lora"]["targets"] == ["wq", "w_down"] and final["parameters"] == TINY.num_params()
     d, f, n = TINY.hidden_size, TINY.intermediate_size, TINY.num_heads * TINY.head_dim
@@ -63,9 +71,8 @@ def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_
     # final/ = bfloat16 weights + 8/2 · A·B of the PEFT directory; everything else is the student's own.
     one = mesh(1, 1, 1)
     base = jax.device_get(load_student(inputs["student"], one, param_dtype="bfloat16").params)
-    artifact = finished(out, "train", result.logical_hash, config=config_slice(_config(snapshots=1), ("train",)))
     whole = jax.device_get(load_student(artifact, one).params)
-    (out / "adapter" / "adapter_model.safetensors").rename(tmp_path / "model.safetensors")
+    shutil.copy(out / "adapter" / "adapter_model.safetensors", tmp_path / "model.safetensors")
     for name, leaf in whole["layers"].items():
         expected = np.asarray(base["layers"][name], np.float64)
         if name in ("wq", "w_down"):
@@ -92,4 +99,48 @@ def test_adapters_are_learned_merged_saved_apart_and_survive_a_kill(inputs, tmp_
     # Killed between two checkpoints: bit for bit the same end, dropout included.
     with pytest.raises(Killed):
         _train(inputs, tmp_path / "again", kill=6)
-    assert _train(inputs, tmp_path / "again").logical_hash == result.logical_hash
+    assert _train(inputs, tmp_path / "again").logical_hash == artifact.logical_hash
+
+
+def test_an_export_holds_the_merged_model_and_its_adapters(trained, tmp_path):
+    out, artifact = trained
+    export_hf(str(out), tmp_path / "hf")
+    one = mesh(1, 1, 1)
+    merged, expected = load_hf(tmp_path / "hf", one)[1], load_student(artifact, one).params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(merged), jax.device_get(expected))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "hf" / "adapter" / name).read_bytes() == (out / "adapter" / name).read_bytes()
+    about = json.loads((tmp_path / "hf" / "adapter" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] is None  # drawn from a seed
+    # These adapters belong to the end of the training, and to it alone.
+    export_hf(out / "checkpoints" / "8", tmp_path / "early")
+    assert not (tmp_path / "early" / "adapter").exists()
+
+
+@pytest.mark.parity
+def test_peft_on_the_base_gives_the_logits_of_the_export(inputs, trained, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    export_hf(trained[1], tmp_path / "hf")
+    export_hf(inputs["student"], tmp_path / "base")
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 12)))
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(tokens).logits.numpy()
+
+    def adapted(base):
+        return logits(peft.PeftModel.from_pretrained(base, tmp_path / "hf" / "adapter"))
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    rounded = base()
+    for weight in rounded.parameters():
+        weight.data = weight.data.to(torch.bfloat16).to(torch.float32)
+    np.testing.assert_allclose(adapted(rounded), expected, atol=1e-4)
+    np.testing.assert_allclose(adapted(base()), expected, atol=0.02 * np.abs(expected).max())
+    assert np.abs(logits(base()) - expected).max() > 0.1 * np.abs(expected).max()

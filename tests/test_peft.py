@@ -38,6 +38,7 @@ def test_layout(tmp_path):
     np.testing.assert_array_equal(reader.read(name, (slice(None), slice(None))), np.asarray(params["layers"]["wv_b"][1]).T)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 6.0, ["q_proj", "v_proj"])
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
     with pytest.raises(ModelError, match="has no adapters"):
         save_peft({}, TINY, "x", tmp_path / "none")
 

@@ -20,11 +20,12 @@ from dccot_jax.model.safetensors_io import write_safetensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_peft(adapters: Params, mc: ModelConfig, base: str, out_dir: str | os.PathLike[str]) -> None:
+def save_peft(adapters: Params, mc: ModelConfig, base: str | None, out_dir: str | os.PathLike[str]) -> None:
     """Write the adapters of `mc.lora` in float32. Every process must call it; process 0 writes.
 
     Args:
-      adapters: {"layers": {name + "_a": [L, D, r], name + "_b": [L, r, F]}}. base: what they were trained on: hub id or directory.
+      adapters: {"layers": {name + "_a": [L, D, r], name + "_b": [L, r, F]}}. base: what they were trained on: hub id or
+        directory; None: no such thing, as for weights drawn from a seed (PEFT's own default; its `AutoPeftModel` needs a base).
 
     Raises ModelError if the model has none.
     """

@@ -61,8 +61,8 @@ def whole(state: Any, mc: ModelConfig) -> Any:
     return jax.jit(lambda params, frozen: lora.merge(lora.join(params, frozen), mc)[0])(state["params"], state["frozen"])
 
 
-def save_adapter(out: ArtifactWriter, params: Any, mc: ModelConfig, base: str) -> None:
-    """Write the adapters as a PEFT directory into a train artifact. All processes call it."""
+def save_adapter(out: ArtifactWriter, params: Any, mc: ModelConfig, base: str | None) -> None:
+    """Write the adapters as a PEFT directory into a train artifact, `base` as in `save_peft`. All processes call it."""
     with tempfile.TemporaryDirectory() as folder:
         save_peft(params, mc, base, folder)
         if jax.process_index() == 0:

@@ -143,12 +143,13 @@ def frozen_dtype(training: Artifact) -> str:
 def export_hf(source: Artifact | epath.PathLike, out_dir: str | os.PathLike[str]) -> None:
     """Write a student in the Hugging Face layout (configs, safetensors, tokenizer); loads in ``transformers``, stops as it does here.
 
-    A training of adapters is written merged, and its adapters beside it in ``adapter/``, a PEFT directory.
+    A training of adapters is written merged, and its adapters beside it in ``adapter/``, a PEFT directory; one of its checkpoints
+    is written merged alone.
     """
     mesh = make_mesh({"data": slice_count(), "fsdp": -1, "tensor": 1})
     student = load_student(source, mesh)
     hf.save_hf(student.params, student.mc, student.tokenizer_dir, out_dir, stop_ids=student.stop_ids)
-    adapter = student.tokenizer_dir.parent / ADAPTER
+    adapter = epath.Path(source.path if isinstance(source, Artifact) else source) / ADAPTER
     if adapter.exists() and jax.process_index() == 0:
         copy_tree(adapter, epath.Path(out_dir) / ADAPTER)
 

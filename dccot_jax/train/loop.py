@@ -241,7 +241,7 @@ def run(
             "snapshots": snapshots,
         }
     if mc.lora is not None:
-        adapters.save_adapter(out, state["params"], mc, student.json("student")["weights"].get("path", ""))
+        adapters.save_adapter(out, state["params"], mc, student.json("student")["weights"].get("path"))
     if ctx.is_main:
         copy_tree(student.file("tokenizer"), out.file("tokenizer"))
         out.write_bytes("student.json", student.file("student.json").read_bytes())
