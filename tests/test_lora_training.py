@@ -14,7 +14,10 @@ from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.model.hf import load_hf
+from dccot_jax.model.lora import init_adapters
 from dccot_jax.model.safetensors_io import TensorReader
+from dccot_jax.train import loop
+from dccot_jax.train.adapters import dropout_seed, fresh, trained_model
 from dccot_jax.train.checkpoint import export_hf, load_student
 from dccot_jax.train.loop import run
 from dccot_jax.train.snapshots import restore_snapshot_params
@@ -115,6 +118,43 @@ def test_an_export_holds_the_merged_model_and_its_adapters(trained, tmp_path):
     # These adapters belong to the end of the training, and to it alone.
     export_hf(out / "checkpoints" / "8", tmp_path / "early")
     assert not (tmp_path / "early" / "adapter").exists()
+
+
+def test_adapters_and_dropout_are_drawn_from_the_runs_seed_apart(inputs):
+    mc, one = trained_model(TINY, _config().train), mesh(1, 1, 1)
+
+    def drawn(seed):
+        with jax.set_mesh(one):
+            return jax.device_get(fresh(inputs["student"], mc, one, seed))["layers"]
+
+    first, again, other = (drawn(seed) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    for name in ("wq_a", "w_down_a"):
+        assert np.mean(first[name] == other[name]) < 0.01
+    assert len({dropout_seed(seed) for seed in range(9)}) == 9 and dropout_seed(3) == dropout_seed(3)
+    with jax.set_mesh(one):
+        of_dropout = init_adapters(mc, jax.random.key(dropout_seed(0)))["layers"]
+    assert np.mean(first["wq_a"] == of_dropout["wq_a"]) < 0.01  # not one key
+
+
+def test_a_training_hands_on_its_own_seed(inputs, tmp_path, monkeypatch):
+    asked = []
+
+    def drawn(student, mc, on, seed):
+        asked.append(seed)
+        return fresh(student, mc, on, seed)
+
+    def compiled(mc, on, train, dtype, attention, sizes, seed, *_):
+        asked.append(seed)
+        raise Killed
+
+    monkeypatch.setattr(loop.adapters, "fresh", drawn)
+    monkeypatch.setattr(loop, "_compile", compiled)
+    cfg = _config()
+    cfg.seed = 7
+    with pytest.raises(Killed):
+        run(cfg, inputs, ArtifactWriter(tmp_path / "train"), Context(tmp_path), devices=jax.devices()[:2])
+    assert asked == [7, dropout_seed(7)]
 
 
 @pytest.mark.parity

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import pytest
+from training_cases import TINY
 
 from dccot_jax import config as config_lib
 from dccot_jax.config import ConfigError
 from dccot_jax.config_identity import config_slice
 from dccot_jax.preflight import check
-from dccot_jax.train.settings import lora_settings
+from dccot_jax.train.adapters import trained_model
+from dccot_jax.train.settings import LORA_PRESETS, lora_settings
+
+
+def test_presets_are_the_papers():
+    """DC-CoT (arXiv 2505.18759): rank 16, α 32 on q and v; rank 32, α 64 on every matrix. Both scale by 2."""
+    assert LORA_PRESETS == {
+        "r16_qv": {"rank": 16, "alpha": 32.0, "targets": ("q_proj", "v_proj")},
+        "r32_all": {"rank": 32, "alpha": 64.0, "targets": ("all-linear",)},
+    }
+    matrices = {"r16_qv": {"wq", "wv"}, "r32_all": {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"}}
+    for name, targets in matrices.items():
+        train = config_lib.override(config_lib.default_config(), {"train.lora.preset": name}).train
+        lora = trained_model(TINY, train).lora
+        assert lora is not None and set(lora.targets) == targets and lora.scale == 2.0
 
 
 @pytest.mark.parametrize(
