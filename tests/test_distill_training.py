@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import TINY, mesh, pack, params_on, place, run_config, sequences
+from training_cases import TINY, host_params, mesh, pack, params_on, place, run_config, sequences
 
-from dccot_jax.train.losses import Distillation, weighted_loss
+from dccot_jax.model import decoder, head
+from dccot_jax.train.losses import Distillation, distillation, weighted_loss
 from dccot_jax.train.optimizer import make_optimizer
 from dccot_jax.train.step import init_state, loss_and_grads, make_train_step
 
@@ -22,6 +23,52 @@ HALF = Distillation(TEACHER, beta=0.0, temperature=1.0, weight=0.5)
 def _batch():
     rng = np.random.default_rng(3)
     return pack([sequences(rng, 1 + g % 3) for g in range(8)], 48)
+
+
+def _by_name(kind):
+    """Loss and weight of a batch under `train.distill.kind`; teacher's and student's logits [G, T, V] over τ = 1/2; the weights."""
+    train = run_config().train
+    train.distill.update({"kind": kind, "temperature": 0.5, "beta": 0.3})
+    params, theirs = (jax.tree.map(jnp.asarray, host_params(mc, seed)) for mc, seed in ((TINY, 0), (TEACHER, 1)))
+    batch = _batch()
+    total, weight = weighted_loss(params, TINY, batch, distill=distillation(TEACHER, train.distill), teacher=theirs)
+    places = (batch["tokens"], batch["segment_ids"], batch["positions"])
+    found = [head.logits(p, mc, decoder.forward(p, mc, *places)) for p, mc in ((theirs, TEACHER), (params, TINY))]
+    return float(total), float(weight), *(np.asarray(logits, np.float64) / 0.5 for logits in found), batch["weights"].astype(np.float64)
+
+
+def _softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+FORMULAS = {  # p the teacher's distribution, q the student's
+    "forward_kl": lambda p, q: (p * np.log(p / q)).sum(-1),
+    "reverse_kl": lambda p, q: (q * np.log(q / p)).sum(-1),
+    "jsd": lambda p, q: (0.3 * p * np.log(p / (0.3 * p + 0.7 * q)) + 0.7 * q * np.log(q / (0.3 * p + 0.7 * q))).sum(-1),
+}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_a_kind_is_the_divergence_of_its_name(kind):
+    total, weight, theirs, own, weights = _by_name(kind)
+    p, q = _softmax(theirs), _softmax(own)
+    values = {name: float((formula(p, q) * weights).sum()) for name, formula in FORMULAS.items()}
+    assert total == pytest.approx(values[kind], rel=1e-4) and weight == pytest.approx(weights.sum(), rel=1e-6)
+    assert all(total != pytest.approx(value, rel=0.02) for name, value in values.items() if name != kind)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)])
+def test_a_kind_is_trls_loss_at_its_beta(kind, beta):
+    """TRL, GKDConfig: beta 0 is the forward divergence, 1 the reverse."""
+    torch = pytest.importorskip("torch")
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
+    total, _, theirs, own, weights = _by_name(kind)
+    student, teacher = (torch.tensor(z[weights > 0][None]) for z in (own, theirs))
+    labels = torch.zeros(student.shape[:2], dtype=torch.long)
+    loss = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, labels=labels, beta=beta, reduction="sum")
+    assert set(weights[weights > 0]) == {1.0} and total == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_the_loss_is_the_stated_mixture_and_sums_over_microbatches_and_devices():
