@@ -42,3 +42,7 @@ def test_no_room_imports_from_a_floor_above_it():
                 if there is not None and floors[there] > floors[here]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, wrong
+
+
+def test_the_training_loop_stays_short_enough_to_read():
+    assert len((ROOT / "dccot_jax" / "train" / "loop.py").read_text().splitlines()) < 400
