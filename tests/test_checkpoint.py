@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from training_cases import TINY, UNTIED, finished, host_params, mesh, params_on,
 
 from dccot_jax.artifact import ArtifactError, ArtifactWriter, tree_hash
 from dccot_jax.model import hf
+from dccot_jax.train.abandoned import forget_abandoned_futures
 from dccot_jax.train.checkpoint import (
     CheckpointError,
     abstract_params,
@@ -201,6 +205,53 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, caplog):
     # What was half written gives its room back, at the latest to the next process; it never counts as a checkpoint.
     assert [path.name for path in tmp_path.iterdir() if "tmp" not in path.name] == ["1"]
     _equal(restored, state)
+
+
+def fill_the_disk(path):
+    """Prints the error of a training whose second checkpoint does not fit."""
+    on = mesh(1, 1, 1)
+    try:
+        with jax.set_mesh(on), TrainCheckpoints(path, OWNER, keep=-1, log=print) as saver:
+            saver.save(1, _state(on), {})
+            saver.settle()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+            saver.save(2, _state(on), {})
+    except CheckpointError as full:
+        print(full, file=sys.stderr)
+
+
+def test_all_that_a_full_disk_leaves_on_stderr_is_one_line(tmp_path):
+    """Not the tracebacks of the other arrays' writes, which end when Orbax has closed its event loop."""
+    command = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint; test_checkpoint.fill_the_disk({str(tmp_path)!r})"
+    found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300, check=True)
+    full = (
+        f"{tmp_path}: checkpoint 2 could not be written (File too large); checkpoint 1 is whole. Make room and run the same command again"
+    )
+    assert found.stderr.splitlines() == [full]
+
+
+def test_other_errors_that_cannot_be_raised_are_still_printed(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(str(unraisable.exc_value)))
+    for _ in range(2):
+        forget_abandoned_futures()
+    loop = asyncio.new_event_loop()
+    loop.close()
+
+    class Left:
+        def __init__(self, act):
+            self.act = act
+
+        def __del__(self):
+            self.act()
+
+    def fail(error):
+        raise error
+
+    Left(lambda: fail(RuntimeError("Event loop is closed")))  # of somebody else
+    Left(lambda: loop.call_soon_threadsafe(print))  # Python code that uses a closed loop
+    Left(lambda: fail(OSError("full")))
+    assert printed == ["Event loop is closed", "Event loop is closed", "full"]
 
 
 def test_a_checkpoint_is_written_behind_the_trainings_back(tmp_path, monkeypatch):

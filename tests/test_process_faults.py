@@ -194,6 +194,7 @@ def test_a_disk_full_for_one_process_ends_both_and_leaves_the_checkpoint_before(
         texts = [run.text(index) for index in (0, 1)]
     assert codes[filled] == 2 and codes[1 - filled] in (LOST_PEER, -signal.SIGABRT), texts
     assert "checkpoint 32 could not be written (File too large); checkpoint 16 is whole. Make room" in texts[filled], texts[filled]
+    assert "Traceback" not in texts[filled]
     assert 16 in _checkpoints(workdir)
     assert _finish(workdir, 2) == undisturbed[2][1]
 

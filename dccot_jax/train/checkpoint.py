@@ -26,6 +26,7 @@ from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import make_mesh, param_shardings, slice_count, weight_shapes
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
+from dccot_jax.train.abandoned import forget_abandoned_futures
 
 FINAL = "final"  # directory of the trained parameters in a train artifact
 ADAPTER = "adapter"  # PEFT directory in the artifact of a training of adapters
@@ -187,6 +188,7 @@ def save_params(path: epath.PathLike, params: Any) -> None:
 
     Raises CheckpointError if they cannot be written.
     """
+    forget_abandoned_futures()
     try:
         with ocp.StandardCheckpointer() as saver:
             saver.save(epath.Path(path), params, force=True)
@@ -207,6 +209,7 @@ def restore_params(path: epath.PathLike, target: Any, *, inside: str = "") -> An
 
     Raises ArtifactError if they do not read, or do not have the model's shapes.
     """
+    forget_abandoned_futures()
     try:
         if inside:
             whole = {inside: target}

@@ -18,6 +18,7 @@ from etils import epath
 from dccot_jax.artifact import Artifact, ArtifactError
 from dccot_jax.model import lora
 from dccot_jax.model.config import ModelConfig
+from dccot_jax.train.abandoned import forget_abandoned_futures
 from dccot_jax.train.checkpoint import abstract_params, checkpointed_params, first_line, frozen_dtype, save_params, untrained_params
 from dccot_jax.train.optimizer import make_schedule
 
@@ -66,6 +67,7 @@ def restore_snapshot(artifact: Artifact, step: int, mesh: Any) -> dict[str, Any]
     mc = snapshot_model(artifact)
     trained = abstract_params(mc, mesh) if mc.lora is None else lora.split(mc, abstract_params(mc, mesh))[0]
     path = artifact.file(SNAPSHOTS) / str(step)
+    forget_abandoned_futures()
     try:
         with ocp.StandardCheckpointer() as reader:
             found = reader.restore(path, {"params": trained, "mu": trained, "nu": trained})

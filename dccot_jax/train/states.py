@@ -26,6 +26,7 @@ from dccot_jax.artifact import walk, write_atomic
 from dccot_jax.processes import is_lost_peer
 from dccot_jax.records import InputError
 from dccot_jax.stopping import Stopped
+from dccot_jax.train.abandoned import forget_abandoned_futures
 from dccot_jax.train.checkpoint import STATE, CheckpointError, cause, first_line
 from dccot_jax.train.digest import checksums
 
@@ -34,6 +35,7 @@ _DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError)  # what Orb
 _TEXT_BYTES = 256  # of a message that processes exchange
 _MOST_STEPS = 1024  # checkpoints in a directory
 _POLL_SECONDS = 0.01
+_ENDING_SECONDS = 10.0  # for a part of a failed write to end
 
 
 def kept_steps(losses: Mapping[int, float | None], *, last: int, best: int) -> set[int]:
@@ -69,14 +71,16 @@ class TrainCheckpoints:
         self._log = log
         self._writing: int | None = None
         logging.getLogger("absl").addFilter(_reported_here)
+        forget_abandoned_futures()
         if jax.process_index() == 0:
             self._path.mkdir(parents=True, exist_ok=True)
         _barrier("checkpoint directory")
         self._losses = saved_losses(self._path)
         self._failure: Exception | None = None  # of the write in flight
+        self._begun: list[_Watched] = []  # its parts
         self._manager = ocp.CheckpointManager(
             self._path,
-            handler_registry=_handlers(self._note_failure),
+            handler_registry=_handlers(self._begun, self._note_failure),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Kept(self._losses, keep, keep_best), cleanup_tmp_directories=True, create=False
             ),
@@ -95,6 +99,7 @@ class TrainCheckpoints:
         meta = {"step": step, "owner": self._owner, "checksums": sums, "loss": loss, "record": copy.deepcopy(dict(record))}
         self._losses[step] = loss
         self._writing = step
+        self._begun.clear()
         with self._writes():
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
@@ -131,6 +136,10 @@ class TrainCheckpoints:
             self.settle()
             self._manager.close()
         finally:
+            if jax.process_count() == 1:  # else, they may wait for another process
+                for part in self._begun:  # Orbax waits for none behind one that failed
+                    with contextlib.suppress(Exception):
+                        part.result(_ENDING_SECONDS)
             logging.getLogger("absl").removeFilter(_reported_here)
 
     def __enter__(self) -> TrainCheckpoints:
@@ -223,22 +232,27 @@ class TrainCheckpoints:
                 )
 
 
-def _handlers(on_failure: Callable[[Exception], None]) -> Any:
-    """Orbax's handlers of the two items of a checkpoint; a write that fails in the background is told at once."""
+def _handlers(begun: list[_Watched], on_failure: Callable[[Exception], None]) -> Any:
+    """Orbax's handlers of the two items of a checkpoint; a write that fails in the background is told at once.
+
+    begun: gets the parts of each write.
+    """
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, save, restore, handler in (
         ("state", ocp.args.StandardSave, ocp.args.StandardRestore, ocp.StandardCheckpointHandler()),
         ("meta", ocp.args.JsonSave, ocp.args.JsonRestore, ocp.JsonCheckpointHandler()),
     ):
-        handler.async_save = _watched(handler.async_save, on_failure)
+        handler.async_save = _watched(handler.async_save, begun, on_failure)
         registry.add(item, save, handler)
         registry.add(item, restore, handler)
     return registry
 
 
-def _watched(save: Callable[..., Any], on_failure: Callable[[Exception], None]) -> Callable[..., Any]:
+def _watched(save: Callable[..., Any], begun: list[_Watched], on_failure: Callable[[Exception], None]) -> Callable[..., Any]:
     async def watched(*args: Any, **kwargs: Any) -> list[_Watched]:
-        return [_Watched(future, on_failure) for future in await save(*args, **kwargs) or ()]
+        parts = [_Watched(future, on_failure) for future in await save(*args, **kwargs) or ()]
+        begun.extend(parts)
+        return parts
 
     return watched
 
