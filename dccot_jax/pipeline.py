@@ -93,7 +93,7 @@ STAGES = {
         Stage(
             "score",
             "dccot_jax.select.engine:run",
-            1,
+            2,
             ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
             "score_files",
         ),

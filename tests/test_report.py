@@ -247,6 +247,9 @@ def test_metrics_of_nothing_and_of_one_are_undefined_not_zero():
     assert one["accuracy_flexible"] == 1.0 and one["accuracy_strict"] == 0.0 and one["accuracy_flexible_stderr"] is None
     assert one["gold_nll"] == {"mean": 2.0, "stderr": None, "items": 1, "tokens": 3}
     assert [step["n_steps"] for step in one["by_steps"]] == [4]
+    late = row | {"reason": "timeout", "correct_flexible": False}
+    two = task_metrics([row, late], group="iid", available=2, limit=0)  # an answer that took too long to judge: wrong, and counted
+    assert two["accuracy_flexible"] == 0.5 and two["reasons"] == {"correct": 1, "timeout": 1} and two["no_answer_rate"] == 0.0
 
 
 def test_small_n_says_why():

@@ -21,6 +21,7 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import make_trace
 from dccot_jax.select import sampled
+from dccot_jax.tasks import latex_worker
 from dccot_jax.tasks.plain import plain_task_name
 from dccot_jax.tasks.registry import build_prompt, get_task
 from dccot_jax.train.checkpoint import Student
@@ -136,6 +137,37 @@ def test_groups_ask_their_forward_question_and_unusable_rows_have_reasons(ask):
     assert column == {forward.id: 0.0, backward.id: 0.0}
     assert dropped == {orphan.id: "no_forward_part", no_gold.id: "missing_gold", bad_gold.id: "bad_gold", long.id: "prompt_too_long"}
     assert len(samples) == 2
+
+
+@pytest.fixture
+def slow_judge(monkeypatch):
+    """Comparing with a power of nine runs out of time; no child process is started."""
+    monkeypatch.setattr(latex_worker, "ask", lambda request, limit: (None if "9^" in request["left"] else False, limit / 2))
+
+
+def test_an_answer_that_took_too_long_to_judge_is_no_error(ask, slow_judge):
+    endless, wrong = r"\boxed{9^{9^{x}}}", r"\boxed{x^2}"
+    Scripted.replies = {"slow": (endless, "stop"), "wrong": (wrong, "stop"), "odd": (wrong, "stop")}
+    slow, again = (trace("slow question?", "3+x", answer_type="latex", teacher=teacher) for teacher in ("one", "two"))
+    known, odd = trace("wrong question?", "3+x", answer_type="latex"), trace("odd question?", "many")
+    column, dropped, facts, samples = ask([slow, again, known, odd])
+    assert column == {known.id: 1.0} and dropped == {slow.id: "timeout", again.id: "timeout", odd.id: "bad_gold"}
+    assert facts["student_error_rate"] == 1.0 and facts["questions"] == 1
+    assert facts["sample_reasons"] == {"bad_gold": 1, "timeout": 1, "wrong": 1}
+    [sample] = [sample for sample in samples if sample["reason"] == "timeout"]
+    assert (sample["correct"], sample["correct_strict"], sample["answer"]) == (None, None, "9^{9^{x}}")
+    entropy, dropped, _, _ = ask([slow, again, known, odd], "entropy", ("student_entropy",))  # which compares nothing
+    assert set(entropy) == {slow.id, again.id, known.id, odd.id} and not dropped
+
+
+def test_one_draw_without_a_verdict_leaves_the_pass_rate_unknown(ask, slow_judge):
+    endless, right, wrong = r"\boxed{9^{9^{x}}}", r"\boxed{3+x}", r"\boxed{x^2}"
+    Scripted.replies = {"slow": ([right, endless, wrong, endless], "stop"), "known": ([right, wrong, right, right], "stop")}
+    slow, known = (trace(f"{name} question?", "3+x", answer_type="latex") for name in Scripted.replies)
+    settings = {"score.sampling.samples": 4, "score.chunk_rows": 8}
+    column, dropped, facts, _ = ask([slow, known], signals=("pass_rate",), file="draws", **settings)
+    assert column == {known.id: 0.75} and dropped == {slow.id: "timeout"}
+    assert facts["pass_at_k"]["1"] == 0.75 and facts["draw_questions"] == 1 and facts["draw_sample_reasons"]["timeout"] == 2
 
 
 def test_resume_asks_no_committed_question_again(ask):

@@ -1,7 +1,8 @@
 """Metrics of one student on one task, from its judged samples.
 
 A *sample* is one row of `samples.jsonl` (see `evaluate/stage.py`). Rates are shares of all n samples: an answer that could
-not be read, or a reply cut off at the token budget, counts as wrong and is also counted apart.
+not be read, a reply cut off at the token budget, or an answer whose comparison with the gold one ran out of time (`reasons`:
+``timeout``) counts as wrong and is also counted apart.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from dccot_jax.generate.greedy import greedy, make_sampler
 from dccot_jax.generate.sampler import Generated, Sampler
 from dccot_jax.records import Dropped, Trace, content_hash, derive_seed
 from dccot_jax.select.signals import NEEDS_GOLD, SAMPLED
-from dccot_jax.tasks.answers import judge
+from dccot_jax.tasks.answers import NO_VERDICT, judge
 from dccot_jax.train.checkpoint import Student
 
 FORWARD = "forward"
@@ -103,8 +103,9 @@ def score(
     `student_entropy`: mean entropy of its next-token distribution over the tokens of that answer, nats; it needs no gold answer.
     `pass_rate`: share of right ones among `score.sampling.samples` answers drawn at `score.sampling.temperature`.
 
-    A prompt that leaves no room for the budget (``prompt_too_long``) or a gold answer that its type cannot read
-    (``bad_gold``) drops the rows.
+    A prompt that leaves no room for the budget drops the rows (``prompt_too_long``). So does, for the signals that compare, an answer
+    without a verdict: the gold answer cannot be read (``bad_gold``), or the comparison took more than `verify.time_limit_seconds`
+    (``timeout``). One such draw is enough for `pass_rate`: the share of the others is no share of `samples` draws.
 
     Returns:
       {signal: {row id: value}} and dropped rows, both complete on process 0 only, and facts.
@@ -135,18 +136,19 @@ def score(
         columns["student_error"] = {row: float(not sample["correct"]) for sample in judged for row in sample["trace_ids"]}
         columns["student_entropy"] = {row: sample.get("entropy", math.nan) for sample in samples for row in sample["trace_ids"]}
         facts["student_error_rate"] = round(sum(not sample["correct"] for sample in judged) / max(len(judged), 1), 4)
-        dropped += _bad_gold(samples)
+        dropped += _without_verdict(samples, "student_error") if "student_error" in names else []
     if "pass_rate" in names:
         count = drawing.samples
         draws, more = _answers(cfg, "draws", asked, count, ask_drawing, sampler, tokenizer, student.stop_ids, out, ctx)
-        judged = [sample for sample in draws if sample["correct"] is not None]
+        unknown = {sample["question_id"] for sample in draws if sample["correct"] is None}
+        judged = [sample for sample in draws if sample["question_id"] not in unknown]
         right = Counter({sample["question_id"]: 0 for sample in judged})
         right.update(sample["question_id"] for sample in judged if sample["correct"])
         columns["pass_rate"] = {row: right[sample["question_id"]] / count for sample in judged for row in sample["trace_ids"]}
         powers = [1 << n for n in range(count.bit_length()) if 1 << n <= count]
         means = {str(k): round(sum(pass_at_k(count, c, k) for c in right.values()) / max(len(right), 1), 4) for k in powers}
         facts |= {f"draw_{name}": value for name, value in more.items()} | {"draws_per_question": count, "pass_at_k": means}
-        dropped += _bad_gold(draws)
+        dropped += _without_verdict(draws, "pass_rate")
     if not ctx.is_main:
         return {}, [], {}
     return {name: columns[name] for name in names}, list(dict.fromkeys(dropped)), facts
@@ -195,8 +197,9 @@ def _answers(
     samples.sort(key=lambda sample: sample["question_id"])
     out.write_text(f"{series}.jsonl", "".join(_line(sample) + "\n" for sample in samples))
     reasons = Counter(sample["reason"] for sample in samples)
+    unknown = {sample["question_id"] for sample in samples if sample["reason"] in NO_VERDICT}
     return samples, {
-        "questions": (len(samples) - reasons["bad_gold"]) // count,
+        "questions": len(samples) // count - len(unknown),
         "questions_per_second": round(answered / count / max(seconds, 1e-9), 3),
         "sample_seconds": round(seconds, 3),
         "sample_tokens": sum(sample["tokens"] for sample in samples),
@@ -204,17 +207,25 @@ def _answers(
     }
 
 
-def _bad_gold(samples: Sequence[Mapping[str, Any]]) -> list[Dropped]:
-    bad = [sample for sample in samples if sample["reason"] == "bad_gold"]
-    return [
-        Dropped(row, "bad_gold", f"{sample['gold']!r} does not read as its answer type") for sample in bad for row in sample["trace_ids"]
-    ]
+def _without_verdict(samples: Sequence[Mapping[str, Any]], signal: str) -> list[Dropped]:
+    """The rows of questions an answer to which could not be judged, each once."""
+    found: dict[str, Dropped] = {}
+    for sample in samples:
+        if sample["reason"] in NO_VERDICT:
+            why = {
+                "bad_gold": f"{sample['gold']!r} does not read as its answer type",
+                "timeout": f"{signal}: comparing {sample['answer']!r} with {sample['gold']!r} ran out of time",
+            }
+            for row in sample["trace_ids"]:
+                found.setdefault(row, Dropped(row, sample["reason"], why[sample["reason"]]))
+    return list(found.values())
 
 
 def make_sample(question: Question, tokenizer: Any, reply: Generated, stop_ids: Sequence[int], *, time_limit: float) -> dict[str, Any]:
     """One row of samples.jsonl: the question, the student's text and its verdicts. An unreadable answer is not correct.
 
-    Verdicts are None where there is nothing to compare with: no gold answer (reason ``no_gold``), or an unreadable one (``bad_gold``).
+    Verdicts are None where there is none: no gold answer (reason ``no_gold``), an unreadable one (``bad_gold``), or a comparison that
+    ran out of time (``timeout``).
     """
     text = reply_text(tokenizer, reply.tokens, stop_ids)
     sample = {
@@ -231,7 +242,7 @@ def make_sample(question: Question, tokenizer: Any, reply: Generated, stop_ids: 
     if not question.gold:
         return {**sample, "answer": None, "correct": None, "correct_strict": None, "reason": "no_gold"}
     verdict = judge(text, question.gold, question.answer_type, question.choices, time_limit=time_limit)
-    known = verdict.reason != "bad_gold"
+    known = verdict.reason not in NO_VERDICT
     return {
         **sample,
         "answer": verdict.answer_flexible,

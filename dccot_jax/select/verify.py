@@ -29,12 +29,11 @@ from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
 from dccot_jax.records import Dropped, Trace, table_to_traces, traces_to_table
 from dccot_jax.select import decontaminate
-from dccot_jax.tasks.answers import judge
+from dccot_jax.tasks.answers import NO_VERDICT, judge
 from dccot_jax.tasks.registry import check_traces_split, evaluation_tasks, get_task, load_items
 
 CHUNK_ROWS = 2000
 THREADS = 4  # symbolic comparison waits for child processes
-NO_VERDICT = ("timeout", "bad_gold")  # reasons that say nothing about the trace
 
 _CHUNK_SCHEMA = pa.schema([("id", pa.string()), ("verdict", pa.bool_()), ("reason", pa.string())])
 

@@ -28,6 +28,8 @@ from dccot_jax.tasks.reading import (
     visible,
 )
 
+NO_VERDICT = ("timeout", "bad_gold")  # reasons of a `Judgement` that say nothing about the text
+
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
@@ -45,8 +47,8 @@ class Extraction:
 class Judgement:
     """Verdicts and canonical answers of both readings.
 
-    reason belongs to the flexible reading: ``correct``, ``wrong``, ``timeout``, ``bad_gold`` (the gold answer cannot be read: not a
-    verdict on the text), or a reason of `Extraction` for a missing answer.
+    reason belongs to the flexible reading: ``correct``, ``wrong``, ``timeout``, ``bad_gold`` (the gold answer cannot be read), or a
+    reason of `Extraction` for a missing answer. Those of `NO_VERDICT` are no verdict on the text, though both readings are False then.
     """
 
     strict: bool
