@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from family_cases import CASES
+from kept_cases import assert_kept_agree
 from reference_decoder import reference_hidden
 from test_score_engine import CONTEXT, SIGNALS, assert_close, is_shape, make_rows
 from test_score_engine import host as host
@@ -139,6 +140,7 @@ def test_packed_equals_bucketed(stage, rows):
     packed, _, result = stage(rows, name="packed", signals=names)
     bucketed, _, other = stage(rows, name="bucketed", signals=names, layout="bucketed")
     assert_close(packed, bucketed)
+    assert_kept_agree(packed, bucketed, SIGNALS)
     assert result.facts["tokens"] < other.facts["tokens"] and result.facts["programs"] == 1
 
 

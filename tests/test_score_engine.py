@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from etils import epath
+from kept_cases import assert_kept_agree
 from reference_decoder import log_softmax, reference_hidden, reference_logits
 from rich.console import Console
 
@@ -227,6 +228,7 @@ def test_meshes_agree(stage, devices, mesh):
     single, _, _ = stage(rows, name="one", signals=(*SIGNALS, *VECTORS))
     many, _, _ = stage(rows, name="many", devices=devices, mesh=mesh, signals=(*SIGNALS, *VECTORS))
     assert_close(many, single)
+    assert_kept_agree(many, single, SIGNALS)
 
 
 def test_one_forward_per_view_however_many_signals(monkeypatch, host):

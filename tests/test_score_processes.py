@@ -79,7 +79,8 @@ def test_two_processes_score_as_one(tmp_path, monkeypatch):
         assert 0 < len(report["again"]) < len(report["first"])  # only the torn chunk, on both processes
     assert reports[0]["facts"]["rows_scored"] == sum(len(report["again"]) for report in reports)
 
-    from test_score_engine import assert_close
+    from kept_cases import assert_kept_agree
+    from test_score_engine import SIGNALS, assert_close
 
     from dccot_jax.artifact import Artifact
     from dccot_jax.select import engine
@@ -90,6 +91,7 @@ def test_two_processes_score_as_one(tmp_path, monkeypatch):
     two, one = (Artifact(_path(tmp_path / name / "score"), {}).table("scores") for name in ("two", "one"))
     assert two.num_rows == ROWS
     assert_close(two, one)
+    assert_kept_agree(two, one, SIGNALS)
 
 
 def _path(path: Path):

@@ -24,6 +24,7 @@ from dccot_jax.model.sharding import make_mesh
 from dccot_jax.records import table_to_traces
 from dccot_jax.select import engine, packed
 from dccot_jax.select.columns import ScoreColumns
+from dccot_jax.select.cuts import Run
 from dccot_jax.select.signals import signal_names
 from dccot_jax.standalone.stability import Outcome, compare
 
@@ -257,8 +258,9 @@ def test_stability_by_seed_dtype_and_batch_size(scored, student, tmp_path, call)
     assert report["baseline"] == {"seed": 0, "dtype": "float32", "batch_size": 1} and report["kept_rows"] == 3
     found = {change["factor"]: change for change in report["changes"]}
     batch = found["batch_size"]
-    assert batch["equal"] and batch["jaccard"] == 1.0
+    assert batch["equal"] and batch["jaccard"] == 1.0 and (batch["moved"], batch["moved_in_band"]) == (0, 0)
     assert batch["signals"]["nll"] == {"kind": "number", "rows": 12, "lost": 0, "max_difference": 0.0, "spearman": 1.0, "kendall": 1.0}
+    assert found["seed"]["moved"] > 0 and found["seed"]["moved_in_band"] == 0 and "at the cut" in said
     assert found["seed"]["jaccard"] < 1 and found["seed"]["signals"]["nll"]["spearman"] == 1.0  # only the draw differs
     dtype = found["dtype"]["signals"]["nll"]
     assert 0 < dtype["max_difference"] < 0.1 and 0.5 < dtype["kendall"] <= 1 and not found["dtype"]["equal"]
@@ -283,8 +285,8 @@ def test_every_batch_size_is_scored_anew(scored, student, tmp_path, call, monkey
 
 def test_comparison_counts_lost_rows_and_vectors():
     ids, vectors = "abc", {i: np.eye(3, dtype=np.float32)[n] for n, i in enumerate("abc")}
-    first = Outcome(ScoreColumns({"x": {i: float(n) for n, i in enumerate(ids)}}, {"v": vectors}), frozenset("ab"))
-    other = Outcome(ScoreColumns({"x": {"a": 1.0, "b": 0.0}}, {"v": {**vectors, "c": vectors["c"] * 3}}), frozenset("bc"))
+    first = Outcome(ScoreColumns({"x": {i: float(n) for n, i in enumerate(ids)}}, {"v": vectors}), frozenset("ab"), Run({}, {}))
+    other = Outcome(ScoreColumns({"x": {"a": 1.0, "b": 0.0}}, {"v": {**vectors, "c": vectors["c"] * 3}}), frozenset("bc"), Run({}, {}))
     found = compare(first, other, ids)
     assert found["signals"]["x"] == {"kind": "number", "rows": 2, "lost": 1, "max_difference": 1.0, "spearman": None, "kendall": -1.0}
     assert found["signals"]["v"] == {"kind": "vector", "rows": 3, "lost": 0, "max_difference": 2.0}

@@ -54,7 +54,8 @@ def stability(report: Mapping[str, Any]) -> None:
     """One line per change and signal."""
     base = ", ".join(f"{name} {value}" for name, value in report["baseline"].items())
     shown = _table(
-        f"Stability against {base}", "change", "kept", "Jaccard", "by chance", "signal", "Spearman", "Kendall", "largest difference"
+        f"Stability against {base}",
+        *("change", "kept", "Jaccard", "by chance", "moved", "at the cut", "signal", "Spearman", "Kendall", "largest difference"),
     )
     for change in report["changes"]:
         head = [
@@ -62,12 +63,14 @@ def stability(report: Mapping[str, Any]) -> None:
             f"{change['kept_rows']:,}",
             _number(change["jaccard"]),
             _number(change["jaccard_expected"]),
+            f"{change['moved']:,}",
+            f"{change['moved_in_band']:,}",
         ]
         for name, found in change["signals"].items():
             size = f"{found['max_difference']:.3g}" if found["max_difference"] is not None else "-"
             rank = ("vectors", "-") if found["kind"] == "vector" else (_number(found["spearman"]), _number(found["kendall"]))
             shown.add_row(*head, name, *rank, size)
-            head = ["", "", "", ""]
+            head = [""] * len(head)
         if not change["signals"]:
             shown.add_row(*head, "none read", "-", "-", "-")
     _print(shown)

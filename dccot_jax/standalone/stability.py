@@ -17,13 +17,15 @@ from dccot_jax import config as config_lib
 from dccot_jax import pipeline
 from dccot_jax.artifact import Artifact, write_atomic
 from dccot_jax.context import Context
-from dccot_jax.records import InputError
+from dccot_jax.records import InputError, table_to_traces
 from dccot_jax.report.distributions import overlaps
-from dccot_jax.select.columns import ScoreColumns, read_columns
+from dccot_jax.select.columns import ScoreColumns, open_tables, read_columns
+from dccot_jax.select.cuts import Run, make_run, moved
+from dccot_jax.select.stage import make_candidates
 from dccot_jax.standalone import show
 from dccot_jax.standalone.rank_agreement import kendall, spearman
 from dccot_jax.standalone.request import KEYS, Request
-from dccot_jax.standalone.rows import judged, read_traces
+from dccot_jax.standalone.rows import judged, read_dropped, read_traces
 from dccot_jax.standalone.score import check_gold, check_less, prepare
 
 # What a batch is to each part of scoring: tiles in flight, rows committed together, replies generated together.
@@ -32,14 +34,15 @@ _BATCH_KEYS = (KEYS["batch_size"], "score.chunk_rows", "evaluate.batch_rows")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Score columns and kept ids under one setting."""
+    """Score columns, kept ids and where the others left, under one setting."""
 
     columns: ScoreColumns
     kept: frozenset[str]
+    run: Run
 
 
 def run(request: Request, ctx: Context) -> None:
-    """Write the JSON report to ``<out>``: baseline, and per change the kept set's Jaccard overlap and per signal `compare`'s figures.
+    """Write the JSON report to ``<out>``: baseline, and per change `compare`'s figures and those of `cuts.moved`.
 
     Raises InputError as the two commands do, and if the batch size changed anything at all (after writing the report).
     """
@@ -60,7 +63,8 @@ def run(request: Request, ctx: Context) -> None:
             ctx.log(f"{factor} {value}:")
             other = _outcome(config, baseline | {factor: value}, given, ctx, apart=factor == "batch_size")
             if ctx.is_main:
-                changes.append({"factor": factor, "value": value, **compare(first, other, ids)})
+                found = compare(first, other, ids) | moved(request.steps, first.run, other.run)
+                changes.append({"factor": factor, "value": value, **found})
     if not ctx.is_main:
         return
     report = {
@@ -128,4 +132,8 @@ def _outcome(
         ctx = dataclasses.replace(ctx, workdir=ctx.workdir / f"batch_size-{setting['batch_size']}")
     done = pipeline.make(config_lib.override(config, changes), "select", ctx, given)
     tables = [done["score"].table("scores")] if "score" in done else []
-    return Outcome(read_columns(tables), frozenset(done["select"].table("kept")["id"].to_pylist()))
+    tokens = done["tokenize"].table("tokens").select(["id", "prompt_tokens", "completion_tokens"]).to_pylist()
+    columns = read_columns([*tables, *open_tables(config.select.tables)])
+    candidates = make_candidates(table_to_traces(done["verify"].table("traces")), tokens, columns)
+    kept = frozenset(done["select"].table("kept")["id"].to_pylist())
+    return Outcome(read_columns(tables), kept, make_run(candidates, read_dropped(done["select"].file("dropped.parquet"))))
