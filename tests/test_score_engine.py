@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from etils import epath
 from kept_cases import assert_kept_agree
 from reference_decoder import log_softmax, reference_hidden, reference_logits
 from rich.console import Console
+from select_cases import ids, select, with_text
 
 from dccot_jax import config as config_lib
 from dccot_jax.artifact import Artifact, ArtifactWriter
@@ -27,8 +29,10 @@ from dccot_jax.model.config import ModelConfig
 from dccot_jax.model.sharding import make_mesh, param_shardings, weight_shapes
 from dccot_jax.records import Dropped
 from dccot_jax.select import engine, sampled, signals
+from dccot_jax.select.candidates import Candidate
 from dccot_jax.select.signals import VIEWS
 from dccot_jax.select.views import Row, bucket_length, bucket_of, chunk_tiles, completion_context, plan_tiles, view_arrays
+from dccot_jax.standalone.recipe import read_recipe
 from dccot_jax.train.checkpoint import Student
 
 MC = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 16, rope_theta=500.0, tie_embeddings=False, max_positions=300)
@@ -36,6 +40,7 @@ SIGNALS = ("el2n", "entropy", "ifd_loss", "ifd_ppl", "margin", "nll", "nll_uncon
 VECTORS = ("embedding_prompt", "embedding_rationale")
 CONTEXT = [5, 6, 7]
 TILE_TOKENS = 192  # 6 short or 2 long rows per tile and device
+RECIPES = ("cherry_ifd", "el2n", "perplexity_middle", "rank_surprisal")  # of configs/select, which read these signals alone
 
 
 class FakeTokenizer:
@@ -215,11 +220,32 @@ def test_bitwise_independent_of_batch_order_and_chunks(stage):
     stage = functools.partial(stage, signals=(*SIGNALS, *VECTORS))
     first, _, result = stage(rows, name="a", batch_tiles=1)
     shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
-    second, _, _ = stage(shuffled, name="b", batch_tiles=8)
+    second, _, _ = stage(shuffled, name="b", batch_tiles=64)
     third, _, other = stage(shuffled, name="c", batch_tiles=3, chunk_rows=5)
+    assert 3 < result.facts["tiles"] <= 64  # so that these are one, all and some of them at a time
     assert first.equals(second) and first.equals(third)
     assert result.logical_hash == other.logical_hash
+    for recipe in RECIPES:
+        chosen = kept_by(recipe, first, rows)
+        assert 0 < len(chosen) < 40 and chosen == kept_by(recipe, second, shuffled) == kept_by(recipe, third, shuffled[::-1])
     assert result.facts["rows_scored"] == 40 and result.facts["rows_resumed"] == 0
+
+
+def kept_by(recipe: str, table: pa.Table, rows: Sequence[Row]) -> set[str]:
+    """Ids that a recipe keeps; four rows in a row, by id, answer one question."""
+    scores = columns(table)
+    candidates = [
+        Candidate(r.id, (r.id,), r.completion_tokens, True, "", scores[r.id], {}, with_text(f"question {int(r.id) // 4}")) for r in rows
+    ]
+    steps = read_recipe(str(Path(__file__).parent.parent / "configs" / "select" / f"{recipe}.py"))
+    return ids(select(candidates, *steps, available=SIGNALS)[0])
+
+
+def test_in_buckets_a_score_does_not_hang_on_the_other_rows(stage):
+    rows = make_rows(24)
+    whole, _, _ = stage(rows, name="whole", layout="bucketed")
+    part, _, _ = stage(rows[5:16], name="part", layout="bucketed")
+    assert columns(part) == {i: scores for i, scores in columns(whole).items() if i in {row.id for row in rows[5:16]}}
 
 
 @pytest.mark.parametrize("devices, mesh", [(2, None), (8, None), (8, {"data": 2, "fsdp": 2, "tensor": 2})], ids=["fsdp2", "fsdp8", "2x2x2"])

@@ -378,7 +378,11 @@ class _Work:
 
 
 def _program(cfg: ConfigDict, mc: ModelConfig, signals: tuple[Signal, ...], vectors: tuple[str, ...], ctx: Context) -> Program:
-    """`make_program` with the attention backend that the config alone decides: a score must not depend on which other rows are there."""
+    """`make_program` with the attention backend that the config alone decides, not the rows.
+
+    So in buckets a score does not hang on which other rows are there. In bins (`_packed`, the default) its last bits do: contents
+    and shapes of the bins are a function of the set of rows, though of neither their order nor the batch size.
+    """
     attention, remark = choose(cfg.attention, mc, cfg.tokens.max_length, cfg.compute_dtype, packed=False)
     if remark:
         ctx.log(f"  {remark}")
