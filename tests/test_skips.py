@@ -15,7 +15,7 @@ from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.context import Context
 from dccot_jax.train.logs import SmoothedLoss, read_log
 from dccot_jax.train.loop import run
-from dccot_jax.train.skips import NAMED, NonFiniteError, Skips, culprits, only, sequences_of
+from dccot_jax.train.skips import NAMED, NonFiniteError, Skips, culprits, only, sequences_of, skipped_line
 
 POISON = [(3, 2, 0), (4, 0, 0), (4, 7, 0), (5, 5, 0)]  # steps 4, 5 and 6
 
@@ -52,6 +52,38 @@ def test_past_the_limit_the_traces_are_named(poisoned, tmp_path, resumed):
     text = str(stopped.value)
     assert "3 steps in a row, 4 to 6 (config.train.max_skipped = 2)" in text
     assert text.endswith(f"Traces that cause it: step 6: {fourth}; step 5: {second}, {third}; step 4: {first}")
+
+
+def test_a_step_with_nothing_to_train_on_is_not_called_one_that_is_not_finite(tmp_path):
+    """Over a restart too: the checkpoint after step 5 lies inside the row of skips."""
+    inputs = write_training(tmp_path / "inputs", TINY, run_config(), poison=[(4, 2, 0)], empty=[3, 5, 8, 9])  # steps 4, 6, 9 and 10; 5
+    ids = {(row["step"], row["row"], row["slot"]): row["id"] for row in inputs["plan"].table("plan").to_pylist()}
+    cfg = run_config(max_skipped=2, checkpoint_every=5)
+    with pytest.raises(KeyError):
+        _train(inputs, tmp_path / "train", cfg, on_step=lambda step: {}[step] if step == 6 else None)
+    with pytest.raises(NonFiniteError) as stopped:
+        _train(inputs, tmp_path / "train", cfg)
+    row = "3 steps in a row, 4 to 6 (config.train.max_skipped = 2)"
+    why = f"the loss or gradient was not finite in 1 of {row}; in the others no position had a weight to train on. Traces that cause it:"
+    assert str(stopped.value) == f"training stopped: {why} step 5: {ids[4, 2, 0]}"
+
+    cfg.train.max_skipped = 3
+    result = _train(inputs, tmp_path / "train", cfg)
+    assert result.facts["skipped_steps"] == 5
+    assert [(line["skipped"], line["empty"]) for line in read_log(tmp_path / "train")] == [(0, 0), (3, 2), (1, 1), (1, 1)]
+
+
+def test_steps_with_nothing_to_train_on_say_so(poisoned):
+    plan = poisoned[0]["plan"].table("plan")
+    skips = Skips(1)
+    assert [skips.add(step, True, True) for step in (4, 5)] == [False, True] and skips.empty == [4, 5]
+    text = str(skips.error(plan, lambda step, part: pytest.fail("there is nothing to look for")))
+    row = "2 steps in a row, 4 to 5 (config.train.max_skipped = 1)"
+    names = ", ".join(list(dict.fromkeys(sequences_of(plan, 5).values()))[:NAMED])
+    assert text == f"training stopped: no position had a weight to train on in {row}. Traces of step 5: {names}, …"
+    assert not skips.add(6, False) and skips.steps == skips.empty == []
+    assert skipped_line(3, 0, 9) == "3 of 9 steps were skipped: 3 with a gradient that was not finite"
+    assert skipped_line(3, 2, 9) == "3 of 9 steps were skipped: 1 with a gradient that was not finite, 2 with nothing to train on"
 
 
 def test_the_row_of_skips_is_broken_by_a_good_step():

@@ -100,14 +100,14 @@ def test_an_update_that_cannot_be_trusted_is_skipped_and_counted(eight, batch, w
         bad["weights"][3, int(np.flatnonzero(batch["weights"][3])[0])] = weight
     before = jax.device_get(fresh())
     state, metrics = _run(eight, bad)
-    assert float(metrics["skipped"][0]) == 1.0
+    assert float(metrics["skipped"][0]) == 1.0 and float(metrics["empty"][0]) == (weight == 0.0)
     assert [float(x) for x in metrics["loss"]] == [0.0, 0.0]
     after = jax.device_get(state)
     assert int(after.pop("step")) == 1 and int(before.pop("step")) == 0
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(x, y)
     state, metrics = _run(eight, batch, state)
-    assert float(metrics["skipped"][0]) == 0.0 and np.isfinite(float(metrics["loss"][0]))
+    assert float(metrics["skipped"][0]) == float(metrics["empty"][0]) == 0.0 and np.isfinite(float(metrics["loss"][0]))
 
 
 def test_state_keeps_its_shardings_and_is_donated(eight, batch):

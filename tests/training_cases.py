@@ -129,10 +129,12 @@ def write_student(path: Path, mc: ModelConfig, seed: int = 3) -> Artifact:
     return finished(path, "student", content_hash(record, digits=64), {"tokenizer_hash": about["hash"]})
 
 
-def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 0, poison: Sequence[Place] = ()) -> dict[str, Artifact]:
+def write_training(
+    path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 0, poison: Sequence[Place] = (), empty: Sequence[int] = ()
+) -> dict[str, Artifact]:
     """Inputs of the train stage: student, tokens, and a plan with one to three sequences in every packed row.
 
-    The weight of the sequences at `poison`, (step, row, slot) from 0, is not a number.
+    The weight of the sequences at `poison`, (step, row, slot) from 0, is not a number; of those in the steps `empty` it is zero.
     """
     rng = np.random.default_rng(seed)
     rows, row_tokens, steps = cfg.train.rows_per_step, cfg.train.row_tokens, cfg.train.steps
@@ -154,6 +156,7 @@ def write_training(path: Path, mc: ModelConfig, cfg: ConfigDict, *, seed: int = 
     columns["id"] = pa.array([f"{place[3]:04d}" for place in places])
     weight = rng.uniform(0.5, 2.0, len(places)).astype(np.float32)
     weight[[slots.index(place) for place in poison]] = np.nan
+    weight[np.isin([place[0] for place in places], empty)] = 0.0
     table = pa.table({**columns, "weight": pa.array(weight)})
     plan = ArtifactWriter(path / "plan")
     plan.write_table("plan", table)

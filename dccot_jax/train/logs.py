@@ -19,8 +19,8 @@ from dccot_jax.artifact import write_atomic
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _REWRITE_SECONDS = 30.0
-_TOTALS = ("tokens", "trained_tokens", "skipped")  # reported as totals; the others as means
-_ORDER = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped")
+_TOTALS = ("tokens", "trained_tokens", "skipped", "empty")  # reported as totals; the others as means
+_ORDER = ("loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "skipped", "empty")
 
 
 class Window:

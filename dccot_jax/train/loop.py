@@ -50,7 +50,7 @@ from dccot_jax.train.feed import abstract_batch, local_rows, to_global
 from dccot_jax.train.logs import SmoothedLoss, TrainLog, Window, to_host
 from dccot_jax.train.losses import Distillation
 from dccot_jax.train.optimizer import make_optimizer
-from dccot_jax.train.skips import Skips, Unit, only
+from dccot_jax.train.skips import Skips, Unit, only, skipped_line
 from dccot_jax.train.snapshots import SNAPSHOTS, describe_snapshots, save_snapshot
 from dccot_jax.train.states import TrainCheckpoints, remove_all_but_best
 from dccot_jax.train.step import abstract_state, init_state, make_train_step, with_constants
@@ -82,7 +82,7 @@ def run(
       AttentionError: the attention backend asked for cannot be used here.
       Stopped: a process was asked to stop; the checkpoint of the last step is on disk.
       CheckpointError: the directory holds a training of another plan, student or config, or a checkpoint cannot be written.
-      NonFiniteError: more than ``train.max_skipped`` steps in a row were not finite; the message names the traces.
+      NonFiniteError: more than ``train.max_skipped`` steps in a row were not finite, or empty; the message names the traces.
     """
     # --- what is trained -----------------------------------------------------------------------------------------------
     plan, student = inputs["plan"], inputs["student"]
@@ -154,8 +154,8 @@ def run(
         log = TrainLog(out.path, first) if ctx.is_main else None
         window = Window(record.get("window"))
         smoothed = SmoothedLoss(record.get("smoothed_loss", (0.0, 0.0)))
-        skips = Skips(cfg.train.max_skipped, record.get("skipped_in_a_row", ()))
-        totals: dict[str, float] = dict(record.get("totals", {"tokens": 0, "trained_tokens": 0, "skipped": 0, "seconds": 0.0}))
+        skips = Skips(cfg.train.max_skipped, record.get("skipped_in_a_row", ()), record.get("empty_in_a_row", ()))
+        totals: dict[str, float] = {"tokens": 0, "trained_tokens": 0, "skipped": 0, "empty": 0, "seconds": 0.0} | record.get("totals", {})
         last_loss: float | None = record.get("last_loss")
         pending: Any = None
         asked = False  # to stop, by any process
@@ -171,7 +171,8 @@ def run(
                 part = feed(only(source[step - 1], rows, units))
                 state, metrics = train_step(state, part)
                 watchdog.beat(f"looking for what is not finite in step {step}")
-                return to_host(metrics)["skipped"][0] > 0
+                found = to_host(metrics)
+                return found["skipped"][0] > found["empty"][0]
 
             def finish_step(step: int, metrics: Any) -> None:
                 """Wait for a step, count it, and write a log line at the end of a window. Raises NonFiniteError."""
@@ -182,14 +183,14 @@ def run(
                 saver.check()
                 window.add(found)
                 smoothed.add(*found["loss"])
-                if skips.add(step, found["skipped"][0] > 0):
+                if skips.add(step, found["skipped"][0] > 0, found["empty"][0] > 0):
                     raise skips.error(plan.table("plan"), fails)
                 if step % cfg.train.log_every == 0 or step == steps:
                     now = time.monotonic()
                     seconds, clock = now - clock, now
                     line = {"step": step, "epoch": round(float(epochs[step - 1]), 6), **window.values()}
                     line |= {"seconds": round(seconds, 4), "tokens_per_second": round(line["tokens"] / max(seconds, 1e-9), 1)}
-                    for name in ("tokens", "trained_tokens", "skipped", "seconds"):
+                    for name in totals:
                         totals[name] += line[name]
                     last_loss = line["loss"]
                     if log is not None:
@@ -213,7 +214,7 @@ def run(
                     save_snapshot(out.file(SNAPSHOTS), step, state)
                 if due or stopping:
                     record = {"window": window.state(), "totals": dict(totals), "last_loss": last_loss}
-                    record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps}
+                    record |= {"smoothed_loss": smoothed.state(), "skipped_in_a_row": skips.steps, "empty_in_a_row": skips.empty}
                     if log is not None:
                         log.flush()
                     saver.save(step, with_constants(state, {}), record, loss=smoothed.value())
@@ -249,7 +250,7 @@ def run(
     ctx.barrier("train final")
     _remove_checkpoints(cfg, out, ctx)
     if final["skipped_steps"]:
-        ctx.log(f"  {final['skipped_steps']} of {steps} steps were skipped: their gradient was not finite")
+        ctx.log(f"  {skipped_line(final['skipped_steps'], int(totals['empty']), steps)}")
     return _result(final)
 
 

@@ -1,4 +1,6 @@
-"""Steps whose loss or gradient was not finite: counted, and, when too many come in a row, traced to the sequences that cause them.
+"""Steps that moved nothing, because their loss or gradient was not finite or because no position of theirs has a weight ("empty").
+
+They are counted; when too many come in a row, those that were not finite are traced to the sequences that cause them.
 
 The compiled step leaves parameters and moments alone in such a step, so all steps of one row of skips saw the same parameters.
 """
@@ -18,7 +20,7 @@ Unit = tuple[int, int]  # packed row of the step, segment in it (from 1)
 
 
 class NonFiniteError(InputError):
-    """Training stopped: too many steps in a row were not finite."""
+    """Training stopped: too many steps in a row were not finite, or empty."""
 
 
 class Skips:
@@ -26,15 +28,17 @@ class Skips:
 
     Args:
       limit: how many in a row are borne (`train.max_skipped`). steps: those of the run that is resumed, oldest first.
+      empty: which of these had nothing to train on.
     """
 
-    def __init__(self, limit: int, steps: Sequence[int] = ()):
+    def __init__(self, limit: int, steps: Sequence[int] = (), empty: Sequence[int] = ()):
         self._limit = limit
-        self.steps = list(steps)
+        self.steps, self.empty = list(steps), list(empty)
 
-    def add(self, step: int, skipped: bool) -> bool:
+    def add(self, step: int, skipped: bool, empty: bool = False) -> bool:
         """Count a finished step; True once there are more in a row than are borne."""
         self.steps = [*self.steps, step] if skipped else []
+        self.empty = [step for step in (*self.empty, *([step] if empty else ())) if step in self.steps]
         return len(self.steps) > self._limit
 
     def error(self, plan: pa.Table, fails: Callable[[int, frozenset[Unit]], bool]) -> NonFiniteError:
@@ -43,9 +47,17 @@ class Skips:
         Args:
           plan: columns step (from 0), row, id. fails: whether a step with only these sequences is not finite.
         """
+        row = f"{len(self.steps)} steps in a row, {self.steps[0]} to {self.steps[-1]} (config.train.max_skipped = {self._limit})"
+        broken = [step for step in self.steps if step not in self.empty]
+        if not broken:
+            ids = list(dict.fromkeys(sequences_of(plan, self.steps[-1]).values()))
+            names = ", ".join(ids[:NAMED]) + (", …" if len(ids) > NAMED else "")
+            return NonFiniteError(
+                f"training stopped: no position had a weight to train on in {row}. Traces of step {self.steps[-1]}: {names}"
+            )
         found: dict[int, list[str]] = {}
         room = NAMED
-        for step in reversed(self.steps):
+        for step in reversed(broken):
             ids = sequences_of(plan, step)
             units = culprits(lambda part, step=step: fails(step, frozenset(part)), list(ids), most=room)
             found[step] = [ids[unit] for unit in units]
@@ -53,9 +65,16 @@ class Skips:
             if room <= 0:
                 break
         more = ", perhaps more" if room <= 0 else ""
-        row = f"{len(self.steps)} steps in a row, {self.steps[0]} to {self.steps[-1]} (config.train.max_skipped = {self._limit})"
+        if self.empty:
+            row = f"{len(broken)} of {row}; in the others no position had a weight to train on"
         names = "; ".join(_names(step, ids) for step, ids in found.items())
         return NonFiniteError(f"training stopped: the loss or gradient was not finite in {row}. Traces that cause it: {names}{more}")
+
+
+def skipped_line(skipped: int, empty: int, steps: int) -> str:
+    """A line for the end of a training of so many steps."""
+    reasons = {"a gradient that was not finite": skipped - empty, "nothing to train on": empty}
+    return f"{skipped} of {steps} steps were skipped: " + ", ".join(f"{count} with {reason}" for reason, count in reasons.items() if count)
 
 
 def _names(step: int, ids: Sequence[str]) -> str:

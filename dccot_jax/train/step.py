@@ -141,8 +141,9 @@ def make_train_step(
     Returns:
       A function of (state, batch) with `state` donated; batch arrays are [G, T, ...], sharded over ("data", "fsdp").
       Metrics are (sum, weight): ``loss`` (nats, per unit of weight), ``grad_norm`` (before clipping), ``learning_rate``,
-      ``tokens`` (non-padding, per step), ``trained_tokens`` (weight > 0), ``skipped``. A step whose gradient is not finite, or
-      that has nothing to train on, changes neither parameters nor moments and counts as skipped; the step number still rises.
+      ``tokens`` (non-padding, per step), ``trained_tokens`` (weight > 0), ``skipped``, ``empty``. A step whose gradient is not
+      finite, or that has nothing to train on (Σ w = 0, ``empty``), changes neither parameters nor moments and counts as skipped; the step
+      number still rises.
 
     Raises:
       ConfigError: the rows of a step cannot be split evenly over micro-batches and devices.
@@ -173,7 +174,8 @@ def make_train_step(
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
         norm = optax.global_norm(grads)
-        learn = jnp.isfinite(norm) & jnp.isfinite(total) & (weight > 0)
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
+        learn = finite & (weight > 0)
         scale = clip_scale(norm, train.clip_norm)
         rate = schedule(state["step"])
         updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state["opt"], params)
@@ -191,6 +193,7 @@ def make_train_step(
             "tokens": (jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32), one),
             "trained_tokens": (jnp.sum(batch["weights"] > 0).astype(jnp.float32), one),
             "skipped": ((~learn).astype(jnp.float32), one),
+            "empty": ((finite & (weight == 0)).astype(jnp.float32), one),
         }
         return with_constants(new, constants), metrics
 
