@@ -15,7 +15,7 @@ from select_cases import pool, select, singles
 
 from dccot_jax.config import ConfigError
 from dccot_jax.select.budget import Budget
-from dccot_jax.select.candidates import Candidate
+from dccot_jax.select.candidates import Candidate, SelectionError
 from dccot_jax.select.methods import semdedup as semdedup_module
 from dccot_jax.select.methods.deita import novel
 from dccot_jax.select.methods.facility_location import greedy
@@ -154,6 +154,18 @@ def test_deita_sorts_by_the_product_and_says_what_it_resembles():
     kept, dropped, _ = select(candidates, {**step, "rows": 2})
     assert [c.group_id for c in kept] == ["g001", "g002"]  # products 3, 2, 1, 1, 0.9
     assert {d.id: d.reason for d in dropped} == {"g000": "not_in_deita", "g003": "not_in_deita", "g004": "not_in_deita"}
+
+
+def test_deita_multiplies_no_negative_values():
+    values = {"nll": [2.0, -3.0, 0.0], "entropy": [2.0, -3.0, 1.0]}  # (-3)(-3) would be the best
+    candidates = singles(3, embedding=lambda i: np.eye(3)[i], **{name: column.__getitem__ for name, column in values.items()})
+    step = {"name": "deita", "signals": ("entropy", "nll"), "vector": "embedding"}
+    for order in (candidates, candidates[::-1]):
+        with pytest.raises(SelectionError, match=r"deita\(.*: entropy of g001 is -3; values to multiply must be at least 0"):
+            select(order, step)
+    assert len(select([candidates[0], candidates[2]], step)[0]) == 2  # zero is none
+    kept, _, _ = select(candidates, {**step, "signals": ("nll",), "rows": 2})  # nothing is multiplied: the rank alone counts
+    assert [c.group_id for c in kept] == ["g000", "g002"]
 
 
 # --- k-means, SemDeDup, S2L ------------------------------------------------------------------------------------------------

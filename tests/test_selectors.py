@@ -10,9 +10,9 @@ from select_cases import ids, pool, select, size
 
 from dccot_jax.config import ConfigError
 from dccot_jax.records import make_trace
-from dccot_jax.select.candidates import Candidate
+from dccot_jax.select.candidates import Candidate, SelectionError
 from dccot_jax.select.columns import ScoreColumns
-from dccot_jax.select.selectors import SelectionError, apply_steps, check_steps, required_signals
+from dccot_jax.select.selectors import apply_steps, check_steps, required_signals
 from dccot_jax.select.stage import make_candidates
 
 STEPS = [

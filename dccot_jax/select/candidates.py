@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dccot_jax.records import Trace, normalise_question
+from dccot_jax.records import InputError, Trace, normalise_question
+
+
+class SelectionError(InputError):
+    """A selection that keeps nothing, or values that a step cannot use; the message names the step and what is the matter."""
+
 
 # Numbers that every row has, beside the scored signals.
 FIELDS = ("completion_tokens", "prompt_tokens", "n_steps")

@@ -15,7 +15,7 @@ A step of `config.select.steps` is a dict {"name": ..., options}; steps apply in
   stratified          `by` a label (or `bins` of a signal), budget, `allocation`, `signal`, `prefer`
   per_question_best   `signal`, `prefer`, `count`
   pareto              `signals` (two), `prefer` (two), budget or the first front
-  deita               `signals` (their product), `vector`, `tau`, budget or none
+  deita               `signals` (their product; of several none may be negative), `vector`, `tau`, budget or none
   kcenter             `vector`, budget
   facility_location   `vector`, budget
   semdedup            `vector`, `epsilon`, `clusters`
@@ -42,9 +42,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from dccot_jax.records import Dropped, InputError, count_reasons
+from dccot_jax.records import Dropped, count_reasons
 from dccot_jax.select import options as option
-from dccot_jax.select.candidates import Candidate, Selected, Setting, Step, describe, rows, tokens
+from dccot_jax.select.candidates import Candidate, Selected, SelectionError, Setting, Step, describe, rows, tokens
 from dccot_jax.select.methods import drawn, filters, ranked
 from dccot_jax.select.methods.deita import deita
 from dccot_jax.select.methods.dsir import corpus_name, dsir
@@ -60,10 +60,6 @@ from dccot_jax.select.methods.s2l import s2l
 from dccot_jax.select.methods.semdedup import semdedup
 from dccot_jax.select.methods.stratified import stratified
 from dccot_jax.select.options import Columns, Rule, check_step, step_reads
-
-
-class SelectionError(InputError):
-    """A selection that keeps nothing; the message names the step and the counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +140,8 @@ def apply_steps(
     Returns:
       kept candidates sorted by group id, dropped rows sorted by id, one report per step.
 
-    Raises ConfigError on a malformed step or a signal that was not scored, SelectionError as soon as nothing is left.
+    Raises ConfigError on a malformed step or a signal that was not scored, SelectionError as soon as nothing is left, or for
+    values that a step cannot use.
     """
     check_steps(steps, available, vectors)
     kept = sorted(candidates, key=lambda c: c.group_id)

@@ -30,7 +30,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     Writes kept.parquet (id) and dropped.parquet (id, reason, detail); every row of `tokens` is in exactly one of them.
     Facts: `funnel`, a list with rows, groups and completion tokens in and out and drops per reason for each step.
 
-    Raises ConfigError (malformed step, signal not scored, a table that cannot be used) or SelectionError (nothing kept)
+    Raises ConfigError (malformed step, signal not scored, a table that cannot be used) or SelectionError (nothing kept, unusable values)
     with one clear line.
     """
     traces = table_to_traces(inputs["verify"].table("traces"))

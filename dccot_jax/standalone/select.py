@@ -12,8 +12,8 @@ from dccot_jax import pipeline
 from dccot_jax.artifact import Artifact
 from dccot_jax.context import Context
 from dccot_jax.records import Dropped, InputError
+from dccot_jax.select.candidates import SelectionError
 from dccot_jax.select.columns import check_table
-from dccot_jax.select.selectors import SelectionError
 from dccot_jax.standalone import show
 from dccot_jax.standalone.request import Request
 from dccot_jax.standalone.rows import (

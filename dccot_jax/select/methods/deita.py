@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from dccot_jax.select.budget import budget_of, prefix
-from dccot_jax.select.candidates import Candidate, Selected, Setting, Step, Verdicts, describe, with_values, with_vectors
+from dccot_jax.select.candidates import Candidate, Selected, SelectionError, Setting, Step, Verdicts, describe, with_values, with_vectors
 from dccot_jax.select.methods.grid import SQUARE, blocks, dots, unit_grid
 
 TAU = 0.9
@@ -21,11 +22,16 @@ def deita(candidates: Sequence[Candidate], step: Step, setting: Setting) -> Sele
 
     The published filter compares a whole batch with what was kept before the batch, so that its result depends on the
     batch size; here every candidate is compared with every kept one. Cost O(N |kept| D).
+
+    Raises SelectionError for a negative value of one of several signals: two negative ones would beat two positive ones.
     """
     names = [step["signals"]] if isinstance(step["signals"], str) else list(step["signals"])
     scored, reasons = with_values(candidates, *names)
     found, matrix, missing = with_vectors(scored, step["vector"])
     reasons |= missing
+    for c, name in itertools.product(found, names if len(names) > 1 else ()):
+        if c.values[name] < 0:
+            raise SelectionError(f"{describe(step)}: {name} of {c.group_id} is {c.values[name]:.6g}; values to multiply must be at least 0")
     score = {c.group_id: math.prod(c.values[name] for name in names) for c in found}
     order = sorted(range(len(found)), key=lambda i: (-score[found[i].group_id], found[i].group_id))
     tau = step.get("tau", TAU)

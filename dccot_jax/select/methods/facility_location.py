@@ -19,7 +19,8 @@ def facility_location(candidates: Sequence[Candidate], step: Step, setting: Sett
 
     The function is monotone submodular, so greedy keeps at least 1 - 1/e of the optimum (Nemhauser et al. 1978) and stale
     gains are upper bounds (Minoux 1978). Used after IFD by Superfiltering (arXiv 2402.00530). Cost O(N^2 D) for the first
-    gains, computed in blocks: no [N, N] array; memory O(N D).
+    gains, computed in blocks: no [N, N] array; memory O(N D). Ties go by id on a grid of 2^-24: gains equal only in exact
+    arithmetic may differ there.
     """
     found, matrix, reasons = with_vectors(candidates, step["vector"])
     kept = prefix((found[i] for i, _ in greedy(unit_grid(matrix))), budget_of(step, candidates))
