@@ -175,6 +175,7 @@ def default_config() -> ConfigDict:
     c.train.loss_mask = "response"
     c.train.loss_weight = "token"
     c.train.optimizer = "adamw"  # adamw | adafactor | muon (for the layers' matrices; AdamW for the rest)
+    c.train.moment_dtype = "float32"  # float32 | bfloat16: of the first moment of adamw and muon; adafactor has none
     c.train.learning_rate = 1e-3
     c.train.schedule = "cosine"  # constant | linear | cosine | wsd (warm-up, stable, decay)
     c.train.warmup_steps = 20
@@ -309,6 +310,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config, "curriculum.kind", CURRICULA)
     _one_of(config, "curriculum.pacing", ("staged", "competence"))
     _one_of(config, "train.optimizer", OPTIMIZERS)
+    _one_of(config, "train.moment_dtype", DTYPES)
     _one_of(config, "train.schedule", SCHEDULES)
     _one_of(config, "train.loss_mask", LOSS_MASKS)
     _one_of(config, "train.loss_weight", LOSS_WEIGHTS)
@@ -352,6 +354,11 @@ def validate(config: ConfigDict) -> None:
     if config.verify.ngram_drop_share and config.verify.ngram_drop_size not in config.verify.ngram_sizes:
         sizes = ", ".join(map(str, config.verify.ngram_sizes)) or "none"
         raise ConfigError(f"config.verify.ngram_drop_size: {config.verify.ngram_drop_size} is not in verify.ngram_sizes ({sizes})")
+    if config.train.optimizer == "adafactor" and config.train.moment_dtype != "float32":
+        raise ConfigError(
+            f"config.train.moment_dtype: {config.train.moment_dtype!r} does not go with train.optimizer = 'adafactor', which keeps no first"
+            " moment; 'adamw' and 'muon' do"
+        )
     if config.train.snapshots < 0:
         raise ConfigError(f"config.train.snapshots: {config.train.snapshots} must be at least 0 (0: none)")
     if not 0.0 < config.score.warmup.share <= 1.0:

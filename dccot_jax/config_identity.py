@@ -61,6 +61,7 @@ ADDED_LATER = {
     "train.lora.dropout": 0.0,
     "train.lora.targets": [],
     "train.lora.frozen_dtype": "float32",
+    "train.moment_dtype": "float32",
     "train.snapshots": 0,
 }
 

@@ -324,6 +324,8 @@ def test_digests_do_not_depend_on_the_mesh_and_see_every_change():
     }
     sums = {name: int(checksums({"x": jnp.asarray(x, jnp.float32)})[0]) for name, x in {"as is": bits, **changes}.items()}
     assert len(set(sums.values())) == len(sums)
+    halves = [int(checksums({"x": jnp.asarray(x, jnp.bfloat16)})[0]) for name, x in changes.items() if name != "last bit"]
+    assert len(set(halves)) == len(halves)
     leaves = jax.tree.leaves(host)
     assert [int(checksums({"x": jnp.asarray(x)})[0]) for x in leaves[:3]] == plain[:3].tolist()
 

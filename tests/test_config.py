@@ -47,6 +47,8 @@ def test_override_names_field_and_nearest(changes, words):
         ({"traces.teachers": ()}, ["traces.teachers", "empty"]),
         ({"mix.alpha": 1.5}, ["mix.alpha", "1.5"]),
         ({"train.rows_per_step": 0}, ["rows_per_step", "at least 1"]),
+        ({"train.moment_dtype": "bf16"}, ["train.moment_dtype", "bf16", "did you mean 'bfloat16'"]),
+        ({"train.moment_dtype": "bfloat16", "train.optimizer": "adafactor"}, ["train.moment_dtype", "adafactor", "no first moment"]),
     ],
 )
 def test_validate_names_field_value_and_what_is_accepted(changes, words):
@@ -69,6 +71,13 @@ def test_slice_leaves_out_what_changes_no_result():
     second = config_slice(config_lib.override(config, {"score.batch_tiles": 9, "train.log_every": 1}), ("train", "score"))
     assert first == second
     assert first != config_slice(config_lib.override(config, {"train.learning_rate": 1.0}), ("train", "score"))
+
+
+def test_the_first_moments_dtype_counts_where_it_is_not_what_older_runs_had():
+    config = config_lib.default_config()
+    assert "train.moment_dtype" not in config_slice(config, ("train",))
+    rounded = config_lib.override(config, {"train.moment_dtype": "bfloat16"})
+    assert config_slice(rounded, ("train",)) == config_slice(config, ("train",)) | {"train.moment_dtype": "bfloat16"}
 
 
 def test_override_leaves_the_original_alone():

@@ -68,11 +68,14 @@ def bytes_per_device(tree) -> int:
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize("mc", [TINY, UNTIED], ids=["tied", "untied, biases"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "adamw/bfloat16", "muon/bfloat16"])
 @pytest.mark.parametrize("lora", [{}, {"lora__rank": 4, "lora__targets": ("q_proj", "down_proj"), "lora__frozen_dtype": "bfloat16"}])
 def test_arguments_are_those_of_the_abstract_state(mc, optimizer, sizes, lora):
+    asked, _, dtype = optimizer.partition("/")
     on = mesh(*sizes)
-    config = tiny_config(train__optimizer=optimizer, **{f"train__{key}": value for key, value in lora.items()})
+    config = tiny_config(
+        train__optimizer=asked, train__moment_dtype=dtype or "float32", **{f"train__{key}": value for key, value in lora.items()}
+    )
     training = dataclasses.replace(
         training_of(config, mc, find_topology(f"v5e-{math.prod(sizes)}"), teacher=UNTIED)[0], mesh=sizes, tiled=False
     )

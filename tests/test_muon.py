@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,19 @@ def test_updates_equal_those_of_optax():
         updates, state = ours.update(grads, state)
         for update, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(update / (0.2 * max(update.shape[1:]) ** 0.5), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_rounded_momentum_is_rounded_between_updates_alone():
+    exact, rounded = scale_by_muon(0.95), scale_by_muon(0.95, mu_dtype=jnp.bfloat16)
+    state: Any = rounded.init(_stacks(0))
+    for step in range(3):
+        grads = _stacks(step + 1)
+        same = state._replace(mu=jax.tree.map(lambda m: m.astype(jnp.float32), state.mu))
+        expected, after = exact.update(grads, same)
+        updates, state = rounded.update(grads, state)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, after)
+        jax.tree.map(np.testing.assert_array_equal, state, stored)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

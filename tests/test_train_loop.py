@@ -9,10 +9,13 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 from training_cases import TINY, finished, mesh, place, run_config, write_training
 
-from dccot_jax.artifact import ArtifactWriter, tree_hash
+from dccot_jax.artifact import Artifact, ArtifactWriter, tree_hash
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.data.loader import PlanSource
@@ -21,6 +24,7 @@ from dccot_jax.train.checkpoint import CheckpointError, abstract_params, load_st
 from dccot_jax.train.logs import TrainLog, Window, read_log
 from dccot_jax.train.loop import run
 from dccot_jax.train.losses import weighted_loss
+from dccot_jax.train.snapshots import restore_snapshot
 
 STEPS = 12
 
@@ -88,6 +92,22 @@ def test_a_killed_training_ends_bit_for_bit_like_an_undisturbed_one(undisturbed,
     out, expected = undisturbed
     assert result.logical_hash == expected.logical_hash and result.facts == expected.facts
     assert _plain_log(tmp_path / "train") == _plain_log(out)
+
+
+def test_rounded_first_moments_resume_bit_for_bit_too(undisturbed, inputs, tmp_path):
+    """Checkpoints hold them as they are; snapshots are read as float32."""
+    cfg = run_config(moment_dtype="bfloat16", snapshots=1)
+    expected = _train(inputs, tmp_path / "whole", cfg)
+    assert expected.logical_hash != undisturbed[1].logical_hash
+    with pytest.raises(Killed):
+        _train(inputs, tmp_path / "train", cfg, on_step=_kill_at(6))
+    steps: list[int] = []
+    result = _train(inputs, tmp_path / "train", cfg, on_step=steps.append)
+    assert steps[0] == 5 and result.logical_hash == expected.logical_hash
+    first, second = (restore_snapshot(Artifact(epath.Path(tmp_path / name), {}), STEPS, mesh(1, 2, 1)) for name in ("whole", "train"))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    for leaf in jax.tree.leaves(first["mu"]):
+        assert leaf.dtype == jnp.float32 and np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_asked_to_stop_it_saves_the_step_and_goes_on_bit_for_bit(undisturbed, inputs, tmp_path):

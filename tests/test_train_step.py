@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from training_cases import TINY, Sequence_, host_params, mesh, pack, params_on, place, run_config, sequences
 
@@ -122,6 +124,49 @@ def test_state_keeps_its_shardings_and_is_donated(eight, batch):
         assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
     assert float(metrics["tokens"][0]) == (batch["segment_ids"] > 0).sum()
     assert float(metrics["trained_tokens"][0]) == (batch["weights"] > 0).sum()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_first_moments_stay_in_their_dtype_from_step_to_step(batch, optimizer):
+    """Through compiled steps with donation, one of them skipped; everything else stays float32."""
+    on = mesh(2, 2, 2)
+    train = run_config(steps=STEPS, microbatches=2, moment_dtype="bfloat16", optimizer=optimizer).train
+    with jax.set_mesh(on):
+        state = init_state(params_on(TINY, on), make_optimizer(train), on)
+        step = make_train_step(TINY, on, train, jnp.float32, steps=STEPS)
+        target = abstract_state(state["params"], make_optimizer(train), on)
+        for weight in (1, 0, 1):
+            state, metrics = step(state, place({**batch, "weights": batch["weights"] * weight}, on))
+            assert float(metrics["skipped"][0]) == 1 - weight
+        assert step._cache_size() == 1  # nothing was promoted, so nothing was compiled again
+    found = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), expected in zip(found, jax.tree.leaves(target), strict=True):
+        assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
+        kept = any(getattr(part, "name", "") == "mu" for part in path)
+        assert leaf.ndim == 0 or leaf.dtype == (jnp.bfloat16 if kept else jnp.float32), path
+
+
+def test_updates_with_rounded_first_moments_equal_those_of_optax():
+    train = run_config(moment_dtype="bfloat16", weight_decay=0.3).train
+    params: Any = host_params(TINY)
+    rate, ours = train.learning_rate, make_optimizer(train)
+    peer = optax.adamw(
+        rate, b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.bfloat16, weight_decay=train.weight_decay, mask=decay_mask
+    )
+    exact = make_optimizer(run_config(weight_decay=0.3).train)
+    state: Any = ours.init(params)
+    expected_state, exact_state = peer.init(params), exact.init(params)
+    updates: Any = None
+    unrounded: Any = None
+    for seed in range(3):
+        grads = host_params(TINY, seed + 1)
+        updates, state = ours.update(grads, state, params)
+        expected, expected_state = peer.update(grads, expected_state, params)
+        unrounded, exact_state = exact.update(grads, exact_state, params)
+        jax.tree.map(lambda u, e: np.testing.assert_allclose(-rate * u, e, rtol=1e-6, atol=1e-12), updates, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].mu)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].nu)} == {jnp.dtype(jnp.float32)}
+    assert np.abs(updates["embed"] - unrounded["embed"]).max() > 1e-4  # the rounding is at work
 
 
 def test_schedules():

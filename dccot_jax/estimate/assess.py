@@ -96,6 +96,7 @@ def _arm(config: ConfigDict, topology: Topology) -> dict[str, Any]:
             "microbatches": training.microbatches,
             "remat": training.remat,
             "optimizer": training.optimizer,
+            "moment_dtype": training.moment_dtype,
             "compute_dtype": training.compute_dtype,
             "attention": training.attention,
             "steps": steps,

@@ -121,18 +121,19 @@ def teacher_bytes(training: Training) -> int:
 
 
 def optimizer_bytes(training: Training) -> int:
-    """Two float32 moments per trained parameter; one where Muon trains, the layers' matrices; with Adafactor a row and a column of
-    second moments per matrix, and one per element of a vector.
+    """Two moments per trained parameter, the first in the moment dtype; that one alone where Muon trains, the layers' matrices; with
+    Adafactor a row and a column of second moments per matrix, and one per element of a vector. Second moments are float32.
     """
-    total = 0
+    total, first = 0, BYTES[training.moment_dtype]
     for weight in weights(training.mc, training.mesh):
         if not weight.trained:
             continue
         if training.optimizer == "adafactor":
-            total += weight.layers * sum(weight.share) if weight.matrix else weight.held(training.tiled)
+            total += (weight.layers * sum(weight.share) if weight.matrix else weight.held(training.tiled)) * FLOAT32
         else:
-            total += weight.held(training.tiled) * (1 if training.optimizer == "muon" and weight.stacked and weight.matrix else 2)
-    return total * FLOAT32
+            muon = training.optimizer == "muon" and weight.stacked and weight.matrix
+            total += weight.held(training.tiled) * (first if muon else first + FLOAT32)
+    return total
 
 
 def batch_bytes(training: Training) -> int:

@@ -12,7 +12,7 @@ from dccot_jax.estimate.topologies import GIB
 
 _MEMORY_ROWS = (
     ("parameters", "parameters"),
-    ("optimizer", "optimizer state, float32"),
+    ("optimizer", "optimizer state"),
     ("teacher", "teacher"),
     ("batch", "batch"),
     ("gradients", "gradients, float32"),
@@ -27,6 +27,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     """Print an estimate of `assess`."""
     topology, training, student = result["topology"], result["training"], result["student"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in training["mesh"].items())
+    first = "" if training["moment_dtype"] == "float32" else f" with first moments in {training['moment_dtype']}"
     shape = f", {'x'.join(map(str, topology['shape']))}" if topology["shape"] else ""
     console.print(
         f"{result['config']} (arm {result['arm']}) on {topology['name']}: {topology['chips']} chip(s) on {topology['hosts']} host(s){shape}"
@@ -34,7 +35,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"{student['family']} student of {student['parameters']:,} parameters; mesh {mesh}; {training['rows_per_step']} × "
         f"{training['row_tokens']} tokens per step in {training['microbatches']} micro-batch(es); remat {training['remat']}; "
-        f"{training['optimizer']}; {training['compute_dtype']}; attention {training['attention']}"
+        f"{training['optimizer']}{first}; {training['compute_dtype']}; attention {training['attention']}"
     )
     console.print(_memory_table(result))
     console.print(_speed_table(result))

@@ -29,7 +29,7 @@ class Training:
     Attributes:
       mc: the student, with its adapters where only these are trained. mesh: devices along (data, fsdp, tensor).
       rows, tokens: packed rows of one optimizer step over all devices, and tokens per row.
-      microbatches, remat, optimizer, compute_dtype: as in the config.
+      microbatches, remat, optimizer, compute_dtype, moment_dtype: as in the config.
       frozen_dtype: of what adapters leave alone. teacher, teacher_dtype: the model beside the student whose distributions are learned,
         or None. top_k: of its likeliest tokens that come with every position of the batch in its place, or 0.
       attention, teacher_attention: backends, of `model.backends.registry.BACKENDS`.
@@ -44,6 +44,7 @@ class Training:
     remat: str
     optimizer: str
     compute_dtype: str
+    moment_dtype: str = "float32"
     frozen_dtype: str = "float32"
     teacher: ModelConfig | None = None
     teacher_dtype: str = "bfloat16"
@@ -136,6 +137,7 @@ def training_of(config: ConfigDict, mc: ModelConfig, topology: Topology, teacher
         remat=train.remat,
         optimizer=train.optimizer,
         compute_dtype=config.compute_dtype,
+        moment_dtype=train.moment_dtype,
         frozen_dtype=train.lora.frozen_dtype,
         teacher=teacher,
         teacher_dtype=train.distill.teacher_dtype,

@@ -38,13 +38,13 @@ def checksums(tree: Any) -> jax.Array:
     """One uint32 per leaf over its bits and their places, computed on the devices that hold it.
 
     Σ bits·factor modulo 2³², factor = (1 + Σ_d prime_d·index_d) made odd: a changed element, a zeroed block or swapped shards
-    change it, another mesh does not. Call under jit and the mesh of `tree`. Leaves must be 32-bit.
+    change it, another mesh does not. Call under jit and the mesh of `tree`. Leaves must be 32- or 16-bit.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
     factor = jnp.ones((1,) * x.ndim, jnp.uint32)
     for axis in range(x.ndim):
         shape = [1] * x.ndim

@@ -28,27 +28,27 @@ class MuonState(NamedTuple):
     mu: Any
 
 
-def scale_by_muon(beta: float, eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_muon(beta: float, eps: float = 1e-8, mu_dtype: Any = jnp.float32) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised and scaled to the size of an AdamW update: one learning rate fits both.
 
     update = 0.2 · sqrt(max(m, n)) · NS(m̂), with NS as in `orthogonalize` and m̂ the bias-corrected Nesterov mean; all leaves
-    are stacks of matrices [L, m, n].
+    are stacks of matrices [L, m, n]. The mean gradient is stored in `mu_dtype` between updates, and computed with in float32.
     """
 
     def init(params: Any) -> MuonState:
-        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params))
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.mu, updates)
+        mu = jax.tree.map(lambda m, g: beta * m.astype(jnp.float32) + (1 - beta) * g, state.mu, updates)
         ahead = beta / (1 - beta ** (count + 1).astype(jnp.float32))
         now = (1 - beta) / (1 - beta ** count.astype(jnp.float32))
 
         def scaled(m: jax.Array, g: jax.Array) -> jax.Array:
             return RMS * math.sqrt(max(m.shape[1:])) * orthogonalize(ahead * m + now * g, eps)
 
-        return jax.tree.map(scaled, mu, updates), MuonState(count, mu)
+        return jax.tree.map(scaled, mu, updates), MuonState(count, jax.tree.map(lambda m: m.astype(mu_dtype), mu))
 
     return optax.GradientTransformation(init, update)
 

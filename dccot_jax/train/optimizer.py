@@ -67,14 +67,15 @@ def make_optimizer(train: Any) -> optax.GradientTransformation:
     """The optimizer up to the learning rate and the sign, which the step applies: update = -lr(n) · transform(gradient).
 
     "adamw" or "adafactor" for every parameter, or "muon" for the layers' matrices and AdamW for the rest. Decoupled weight
-    decay (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. The moments are float32 and laid out as the
-    parameters.
+    decay (arXiv 1711.05101) is scaled by the learning rate, as in torch and optax. Moments are laid out as the parameters; the
+    first is kept in ``moment_dtype``, as optax's `mu_dtype`, all others in float32.
     """
     if train.optimizer == "adafactor":
         return optax.chain(scale_by_adafactor(), optax.add_decayed_weights(train.weight_decay, mask=decay_mask))
-    transform = optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=jnp.float32)
+    dtype = jnp.dtype(train.moment_dtype)
+    transform = optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=dtype)
     if train.optimizer == "muon":
-        parts: dict[Any, optax.GradientTransformation] = {"muon": scale_by_muon(train.momentum), "adamw": transform}
+        parts: dict[Any, optax.GradientTransformation] = {"muon": scale_by_muon(train.momentum, mu_dtype=dtype), "adamw": transform}
         transform = optax.partition(parts, lambda params: jax.tree.map(lambda p: "muon" if p.ndim == 3 else "adamw", params))
     return optax.chain(transform, optax.add_decayed_weights(train.weight_decay, mask=decay_mask))
 

@@ -60,7 +60,8 @@ def snapshot_model(artifact: Artifact) -> ModelConfig:
 def restore_snapshot(artifact: Artifact, step: int, mesh: Any) -> dict[str, Any]:
     """{"params", "mu", "nu"} of one snapshot on `mesh`, of `snapshot_model`; each process reads only its shards.
 
-    Where adapters were trained, the moments are of these alone, and the other parameters those that they were trained beside.
+    Moments are float32, however they were kept. Where adapters were trained, the moments are of these alone, and the other parameters
+    those that they were trained beside.
 
     Raises ArtifactError if it is not there or does not read.
     """

@@ -2,8 +2,8 @@
 
 The state is a plain dict ``{"params", "opt", "step"}``, and what no step changes (`CONSTANTS`): ``"frozen"`` where only adapters
 are trained (``params`` are these, and the model is `lora.join` of both), ``"teacher"`` where its distributions are learned.
-Trained parameters and moments are float32; activations use the compute dtype. All arrays live on an Explicit mesh, so gradients
-carry exactly the parameters' shardings.
+Trained parameters and moments are float32 (the first moment as ``train.moment_dtype`` says); activations use the compute dtype. All
+arrays live on an Explicit mesh, so gradients carry exactly the parameters' shardings.
 """
 
 from __future__ import annotations
