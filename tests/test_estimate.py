@@ -16,6 +16,7 @@ from training_cases import TINY, UNTIED, mesh, write_student
 from dccot_jax import config as config_lib
 from dccot_jax.cli import main
 from dccot_jax.config import ConfigError
+from dccot_jax.estimate.advise import ALTERS
 from dccot_jax.estimate.aot import lowered_step
 from dccot_jax.estimate.assess import assess
 from dccot_jax.estimate.attention import student_attention
@@ -35,7 +36,7 @@ from dccot_jax.estimate.memory import (
 from dccot_jax.estimate.roofline import link_bytes, memory_bytes_moved, predict
 from dccot_jax.estimate.student import student_model, teacher_model
 from dccot_jax.estimate.tiles import tiled_elements
-from dccot_jax.estimate.topologies import TopologyError, find_topology, larger
+from dccot_jax.estimate.topologies import GIB, TopologyError, find_topology, larger
 from dccot_jax.estimate.training import Training, training_of, weights
 from dccot_jax.model.backends.registry import AttentionError
 from dccot_jax.model.config import ModelConfig
@@ -438,6 +439,15 @@ def shipped(name: str, **changes) -> config_lib.ConfigDict:
     return config_lib.override(config_lib.default_config(), settings | {key.replace("__", "."): value for key, value in changes.items()})
 
 
+@pytest.fixture
+def laptop(monkeypatch):
+    """The CPU of --topology=cpu: 24 GiB, whatever runs the tests."""
+    here = find_topology("cpu")
+    machine = dataclasses.replace(here, chip=dataclasses.replace(here.chip, memory=24 * GIB))
+    monkeypatch.setattr("dccot_jax.estimate.topologies._this_cpu", lambda: machine)
+
+
+@pytest.mark.usefixtures("laptop")
 @pytest.mark.parametrize(
     ("config", "topology"),
     [
@@ -446,8 +456,13 @@ def shipped(name: str, **changes) -> config_lib.ConfigDict:
         (shipped("llama-3.1-8b", mesh__data=8, mesh__fsdp=1), "h100x8"),  # replicas are too large
         (shipped("qwen2.5-0.5b", train__rows_per_step=8), "v5e-16"),  # fewer rows than chips
         (shipped("qwen2.5-0.5b", mesh__fsdp=4, mesh__tensor=2), "v5e-16"),  # the mesh is for another number of chips
+        (shipped("llama-3.1-8b"), "h100x2"),  # first moments are too large
+        (shipped("qwen2.5-1.5b"), "cpu"),  # adapters alone, and there is no larger machine
+        (shipped("llama-3.1-8b"), "v5e-4"),  # adapters, or a larger slice
+        (shipped("qwen2.5-32b"), "v5e-1"),  # not even adapters here, but on a smaller slice than all weights
+        (shipped("llama-3.1-8b", train__lora__preset="r16_qv"), "v6e-1"),  # adapters already
     ],
-    ids=["rows", "32B", "replicas", "few rows", "mesh"],
+    ids=["rows", "32B", "replicas", "few rows", "mesh", "moments", "cpu", "adapters or a slice", "adapters and a slice", "frozen"],
 )
 def test_advice_fits_when_it_is_followed(config, topology):
     result = assess(config, topology, compile_for=False)
@@ -459,6 +474,44 @@ def test_advice_fits_when_it_is_followed(config, topology):
         assert followed["prediction"]["step_seconds"] == option["step_seconds"]
 
 
+ADAPTERS = {"train.lora.preset", "train.lora.frozen_dtype"}
+LORA = ["the weights beside the adapters are rounded to bfloat16", "adapters are trained in place of all weights"]
+
+
+@pytest.mark.usefixtures("laptop")
+@pytest.mark.parametrize(
+    ("config", "topology", "expected"),
+    [
+        (shipped("qwen2.5-1.5b"), "cpu", [("cpu", ADAPTERS, LORA)]),
+        (shipped("llama-3.1-8b"), "v5e-4", [("v5e-16", set(), []), ("v5e-4", ADAPTERS, LORA)]),
+        (shipped("qwen2.5-32b"), "v5e-1", [("v5e-64", set(), []), ("v5e-8", ADAPTERS, LORA)]),
+        (
+            shipped("llama-3.1-8b"),
+            "h100x2",
+            [
+                ("h100x4", set(), []),
+                ("h100x2", {"train.moment_dtype"}, ["first moments are rounded to bfloat16"]),
+                ("h100x2", ADAPTERS, LORA),
+            ],
+        ),
+        (shipped("llama-3.1-8b", train__optimizer="adafactor"), "a100x1", [("a100x2", set(), []), ("a100x1", ADAPTERS, LORA)]),
+        (
+            shipped("llama-3.1-8b", train__lora__preset="r16_qv"),
+            "v6e-1",
+            [("v6e-4", set(), []), ("v6e-1", {"train.lora.frozen_dtype"}, LORA[:1])],
+        ),
+        (shipped("llama-3.1-8b", mesh__data=8, mesh__fsdp=1), "h100x8", [("h100x8", set(), []), ("h100x16", set(), [])]),
+    ],
+    ids=["adapters only", "or a slice", "on a smaller slice", "moments", "adafactor has none", "adapters already", "not needed"],
+)
+def test_what_changes_the_learning_comes_last_and_says_so(config, topology, expected):
+    """Only where nothing else does on the machine asked about; the micro-batches, remat and mesh beside it are not looked at."""
+    advice = assess(config, topology, compile_for=False)["advice"]
+    found = [(option["topology"], {key for key in option["change"] if key in ALTERS}, option["alters"]) for option in advice]
+    assert found == expected
+
+
+@pytest.mark.usefixtures("laptop")
 def test_what_fits_gets_no_advice_and_what_cannot_fit_gets_none():
     assert assess(shipped("qwen2.5-0.5b", train__rows_per_step=16), "v5p-32", compile_for=False)["advice"] == []
     hopeless = assess(shipped("qwen2.5-32b"), "cpu", compile_for=False)
@@ -566,6 +619,7 @@ def test_json_schema(config, topology, attention, capsys):
 def test_tables_are_printed(capsys):
     assert main(["estimate", f"--config={ROOT}/configs/llama3_1_svamp.py", "--topology=v5e-8", "--noaot"]) == 0
     shown = capsys.readouterr().out
+    assert "changes what is learned: " + " and ".join(LORA) in shown
     for words in ("does not fit", "smallest change that fits", "--topology=v5e-", "optimizer state", "MFU", "8,030,261,248", "splash"):
         assert words in shown
 

@@ -51,14 +51,18 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     for place, option in enumerate(result["advice"]):
         where = "" if option["topology"] == topology["name"] else f" --topology={option['topology']}"
         flags = " ".join(f"--config.{key}={value}" for key, value in option["change"].items())
+        learned = f"; changes what is learned: {' and '.join(option['alters'])}" if option["alters"] else ""
         console.print(
             f"{'smallest change that fits' if place == 0 else '  or'}:{where} {flags}  "
-            f"({_gib(option['allocated_bytes'])} GiB, {_seconds(option['step_seconds'])} per step)",
+            f"({_gib(option['allocated_bytes'])} GiB, {_seconds(option['step_seconds'])} per step{learned})",
             markup=False,
             soft_wrap=True,
         )
     if not result["fits"] and not result["advice"]:
-        console.print("no micro-batches, remat, mesh or slice of this kind makes it fit; train fewer tokens per row, or a smaller student")
+        console.print(
+            "no micro-batches, remat, mesh, dtype of moments, adapters or slice of this kind makes it fit; train fewer tokens per row, or a"
+            " smaller student"
+        )
 
 
 def _memory_table(result: Mapping[str, Any]) -> Table:
