@@ -26,6 +26,7 @@ from dccot_jax.select import engine, packed
 from dccot_jax.select.columns import ScoreColumns
 from dccot_jax.select.cuts import Run
 from dccot_jax.select.signals import signal_names
+from dccot_jax.standalone import show
 from dccot_jax.standalone.stability import Outcome, compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +162,41 @@ def test_a_sampled_signal_asks_the_rows_own_question(scored, student, tmp_path, 
     assert {s["question"] for s in samples} == {question for question, _ in PAIRS} and samples[0]["task"] == "rows:number"
     reasons = dict(zip(columns(tmp_path / "s.dropped.parquet")["source"], columns(tmp_path / "s.dropped.parquet")["reason"]))
     assert reasons == {"traces.jsonl:13": "duplicate", "traces.jsonl:14": "too_long"}
+
+
+def test_a_signal_that_loses_every_row_is_one_line_with_the_reasons(student, tmp_path, call):
+    rows = [{"prompt": f"What is 1 + {n}?", "completion": f"The answer is {n + 1}.", "gold": str(n + 1)} for n in range(4)]
+    path, out = write_lines(tmp_path / "t.jsonl", rows), tmp_path / "s.parquet"
+    words = ["score", path, f"--student={student}", "--gold_field=gold", "--answer_type=number", f"--out={out}"]
+    for _ in range(2):  # the same command again does not find itself done
+        code, _, said = call(*words, "--signals=answer_gain")
+        assert code == 2 and re.search(r"t\.jsonl: no row could be scored \(\w+ 4; e\.g\. t\.jsonl:\d: ", said.splitlines()[-1])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.dropped.parquet", "t.jsonl"]
+    dropped = columns(tmp_path / "s.dropped.parquet")
+    assert dropped["source"] == [f"t.jsonl:{n}" for n in range(1, 5)] and len(set(dropped["reason"])) == 1
+    # A table without these rows, but with their reasons beside it.
+    pq.write_table(
+        pa.table(
+            {
+                "id": pa.array([], pa.string()),
+                "prompt_tokens": pa.array([], pa.int32()),
+                "completion_tokens": pa.array([], pa.int32()),
+                "answer_gain": pa.array([], pa.float32()),
+            }
+        ),
+        out,
+    )
+    code, _, said = call(
+        "select", path, f"--scores={out}", f"--recipe={json.dumps(TOP | {'signal': 'answer_gain'})}", f"--out={tmp_path / 'k.jsonl'}"
+    )
+    assert code == 2 and f"no row of {path} got scores ({dropped['reason'][0]} 4; e.g. t.jsonl:4: " in said
+    out.unlink()
+    assert call(*words, "--signals=nll")[0] == 0 and columns(tmp_path / "s.dropped.parquet")["id"] == []
+
+
+def test_a_table_of_scores_without_a_row_can_be_shown(capsys):
+    show.scores(pa.table({"id": pa.array([], pa.string()), "source": pa.array([], pa.string()), "nll": pa.array([], pa.float32())}), [])
+    assert re.search(r"nll +│ +0 │", capsys.readouterr().out)
 
 
 # --- select -------------------------------------------------------------------------------------------------------------

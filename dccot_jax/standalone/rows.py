@@ -22,7 +22,17 @@ from dccot_jax.context import Context
 from dccot_jax.formats import FormatError, Imported, default_prompt, export_traces, import_records
 from dccot_jax.formats_files import write_rows
 from dccot_jax.formats_rows import Fields
-from dccot_jax.records import ANSWER_TYPES, TRACE_SCHEMA, Dropped, Trace, canonical_json, content_hash, trace_id, traces_to_table
+from dccot_jax.records import (
+    ANSWER_TYPES,
+    TRACE_SCHEMA,
+    Dropped,
+    Trace,
+    canonical_json,
+    content_hash,
+    count_reasons,
+    trace_id,
+    traces_to_table,
+)
 from dccot_jax.select.verify import THREADS, verdict_of, with_verdicts
 from dccot_jax.tasks.plain import plain_task_name
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
@@ -160,6 +170,13 @@ def read_dropped(path: epath.PathLike) -> list[Dropped]:
     """Rows of a table that `write_dropped` or a stage wrote; none where there is no such file."""
     rows = read_table(path).to_pylist() if epath.Path(path).exists() else []
     return [Dropped(row["id"], row["reason"], row["detail"]) for row in rows]
+
+
+def told(file: TraceFile, dropped: Sequence[Dropped]) -> str:
+    """The reasons counted, and the last row as an example; for a message where rows are lost."""
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in count_reasons(dropped).items())
+    last = dropped[-1]
+    return f"{counts}; e.g. {file.places.get(last.id, last.id)}: {last.detail}".rstrip(": ")
 
 
 # --- one trace ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ table is whole. What the table was made from stands in its metadata, so the same
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +19,11 @@ from dccot_jax.artifact import Artifact, file_hash, write_atomic, write_table
 from dccot_jax.config_identity import config_slice
 from dccot_jax.context import Context
 from dccot_jax.external import EXTERNAL
-from dccot_jax.records import InputError, content_hash, count_reasons
+from dccot_jax.records import Dropped, InputError, content_hash, count_reasons
 from dccot_jax.select.signals import NEEDS_GOLD
 from dccot_jax.standalone import show
 from dccot_jax.standalone.request import Request
-from dccot_jax.standalone.rows import TraceFile, read_dropped, read_traces, rows_artifact, write_dropped
+from dccot_jax.standalone.rows import TraceFile, read_dropped, read_traces, rows_artifact, told, write_dropped
 
 _META = b"dccot_scores"
 
@@ -32,7 +32,8 @@ def run(request: Request, ctx: Context) -> None:
     """Write ``<out>`` (id, source, prompt_tokens, completion_tokens, one column per signal; in the file's order) and, beside it,
     ``<name>.dropped.parquet`` (every other row, with a reason) and what else the score stage writes, e.g. ``<name>.samples.jsonl``.
 
-    Raises InputError: no usable row, gold answers missing that a signal needs, or `out` holds other scores.
+    Raises InputError: no usable row, gold answers missing that a signal needs, `out` holds other scores, or no row got scores; then
+    the reasons are written and `out` is not, so that the same command does not take itself for done.
     """
     check_less(request)
     made_from = _made_from(request)
@@ -46,11 +47,20 @@ def run(request: Request, ctx: Context) -> None:
     ctx.log(f"{request.file}: {len(file.traces):,} traces, format {file.format}; dropped: {count_reasons(file.dropped) or 'none'}")
     config, given = prepare(request, file, ctx)
     given = pipeline.make(config, "tokenize", ctx, given)
-    _check_rows(file, given)
+    _check_rows(file, given["tokenize"], _dropped(file, given))
     done = pipeline.make(config, "score", ctx, given)
+    dropped = _dropped(file, done)
+    ctx.barrier("reasons read")
     if ctx.is_main:
-        _write(request, file, done, made_from)
+        write_dropped(file, dropped, request.beside("dropped.parquet"))
+        if done["score"].manifest["rows_out"]:
+            _write(request, file, done, made_from)
+        request.clear_parts()
     ctx.barrier("scores written")
+    _check_rows(file, done["score"], dropped)
+    if ctx.is_main:
+        show.scores(pq.read_table(request.out), dropped)
+        show.files(request.out, request.beside("dropped.parquet"))
 
 
 def prepare(request: Request, file: TraceFile, ctx: Context) -> tuple[config_lib.ConfigDict, dict[str, Artifact]]:
@@ -88,8 +98,6 @@ def check_gold(file: TraceFile, request: Request) -> None:
 def _write(request: Request, file: TraceFile, done: Mapping[str, Artifact], made_from: str) -> None:
     tokens, scores = done["tokenize"], done["score"]
     table = in_file_order(file, scores.table("scores"), tokens.table("tokens"))
-    dropped = [*file.dropped, *(row for item in (tokens, scores) for row in read_dropped(item.file("dropped.parquet")))]
-    write_dropped(file, dropped, request.beside("dropped.parquet"))
     for name in scores.manifest["files"]:
         if name not in ("scores.parquet", "dropped.parquet"):
             write_atomic(request.beside(name), scores.file(name).read_bytes())
@@ -104,18 +112,18 @@ def _write(request: Request, file: TraceFile, done: Mapping[str, Artifact], made
     write_table(
         request.out, table.replace_schema_metadata({_META: json.dumps(about, sort_keys=True).encode()})
     )  # last: it says all is there
-    request.clear_parts()
-    show.scores(table, dropped)
-    show.files(request.out, request.beside("dropped.parquet"))
 
 
-def _check_rows(file: TraceFile, done: Mapping[str, Artifact]) -> None:
-    """Raises InputError if no row is left after tokenising."""
-    if not done["tokenize"].manifest["rows_out"]:
-        dropped = [*file.dropped, *read_dropped(done["tokenize"].file("dropped.parquet"))]
-        counts = ", ".join(f"{reason} {count:,}" for reason, count in count_reasons(dropped).items())
-        last = dropped[-1]
-        raise InputError(f"{file.path}: no row could be scored ({counts}; e.g. {file.places.get(last.id, last.id)}: {last.detail})")
+def _dropped(file: TraceFile, done: Mapping[str, Artifact]) -> list[Dropped]:
+    """Every row without scores so far."""
+    stages = [done[name] for name in ("tokenize", "score") if name in done]
+    return [*file.dropped, *(row for stage in stages for row in read_dropped(stage.file("dropped.parquet")))]
+
+
+def _check_rows(file: TraceFile, made: Artifact, dropped: Sequence[Dropped]) -> None:
+    """Raises InputError if `made` holds no row."""
+    if not made.manifest["rows_out"]:
+        raise InputError(f"{file.path}: no row could be scored ({told(file, dropped)})")
 
 
 def in_file_order(file: TraceFile, scores: pa.Table, tokens: pa.Table) -> pa.Table:

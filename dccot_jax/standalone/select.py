@@ -23,6 +23,7 @@ from dccot_jax.standalone.rows import (
     read_dropped,
     read_traces,
     rows_artifact,
+    told,
     write_dropped,
     write_kept,
 )
@@ -37,7 +38,7 @@ def run(request: Request, ctx: Context) -> None:
     Lengths in tokens come from the score table, or from the student where one is given. With a score table that has lengths, a
     trace that is not in it is dropped, for the reason in the ``.dropped.parquet`` beside that table, else as ``not_scored``, and
     its group with it.
-    Raises InputError: `out` exists, no lengths, scores of other traces, nothing kept.
+    Raises InputError: `out` exists, no lengths, scores of other traces or of none, nothing kept.
     """
     for path in (request.out, request.beside("dropped.parquet")):
         if path.exists():
@@ -80,10 +81,13 @@ def _candidates(request: Request, file: TraceFile, ctx: Context) -> tuple[dict[s
         )
     table = pq.read_table(counted[0], columns=list(_COUNTS))
     known, scored = {trace.id for trace in file.traces}, set(table["id"].to_pylist())
-    if not known & scored:
-        raise InputError(f"--scores={counted[0]}: no id of {file.path} is in it; scores of other traces?")
     beside = Path(counted[0]).expanduser()
     reasons = {row.id: row for row in read_dropped(beside.with_name(f"{beside.stem}.dropped.parquet"))}
+    if not known & scored:
+        dropped = [reasons[i] for i in file.places if i in reasons]
+        if dropped:
+            raise InputError(f"--scores={counted[0]}: no row of {file.path} got scores ({told(file, dropped)})")
+        raise InputError(f"--scores={counted[0]}: no id of {file.path} is in it; scores of other traces?")
     lost = [reasons.get(i, Dropped(i, "not_scored", f"not in {beside.name}")) for i in sorted(known - scored)]
     broken = {trace.group_id: trace.id for trace in file.traces if trace.id not in scored}
     rest = [t for t in file.traces if t.id in scored and t.group_id in broken]

@@ -25,8 +25,8 @@ def scores(table: pa.Table, dropped: Sequence[Dropped]) -> None:
     shown = _table("Scores", "signal", "rows", "mean", "std", "min", "5 %", "median", "95 %", "max")
     for name, values in columns.numbers.items():
         x = np.array(list(values.values()), np.float64)
-        spread = [f"{q:.4g}" for q in np.quantile(x, _QUANTILES)]
-        shown.add_row(name, f"{len(x):,}", f"{x.mean():.4g}", f"{x.std():.4g}", *spread)
+        spread = [f"{q:.4g}" for q in (x.mean(), x.std(), *np.quantile(x, _QUANTILES))] if len(x) else []
+        shown.add_row(name, f"{len(x):,}", *spread)
     for name, vectors in columns.vectors.items():
         size = len(next(iter(vectors.values()), ()))
         shown.add_row(name, f"{len(vectors):,}", f"vectors of {size:,} numbers")
