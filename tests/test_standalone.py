@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tiny import tiny_config
 from dccot_jax import pipeline
 from dccot_jax.artifact import ArtifactWriter
 from dccot_jax.cli import main
+from dccot_jax.config import override
 from dccot_jax.context import Context
 from dccot_jax.formats import export_traces
 from dccot_jax.model.sharding import make_mesh
@@ -28,6 +30,7 @@ from dccot_jax.select.cuts import Run
 from dccot_jax.select.signals import signal_names
 from dccot_jax.standalone import show
 from dccot_jax.standalone.stability import Outcome, compare
+from dccot_jax.train import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {"name": "top", "signal": "nll", "share": 0.5}
@@ -37,7 +40,8 @@ TOP = {"name": "top", "signal": "nll", "share": 0.5}
 def one_device():
     """Compiling for one device is quicker; other tests of the engine use several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "make_mesh", lambda sizes: make_mesh({"fsdp": 1}, jax.devices()[:1]))
+        for module in (engine, loop):
+            patch.setattr(module, "make_mesh", lambda sizes, devices=None: make_mesh({"fsdp": 1}, jax.devices()[:1]))
         yield
 
 
@@ -197,6 +201,51 @@ def test_a_signal_that_loses_every_row_is_one_line_with_the_reasons(student, tmp
 def test_a_table_of_scores_without_a_row_can_be_shown(capsys):
     show.scores(pa.table({"id": pa.array([], pa.string()), "source": pa.array([], pa.string()), "nll": pa.array([], pa.float32())}), [])
     assert re.search(r"nll +│ +0 │", capsys.readouterr().out)
+
+
+# --- recipes of config files ---------------------------------------------------------------------------------------------
+
+SHORT = ("--config.score.warmup.steps=3", "--config.train.rows_per_step=2", f"--config.train.row_tokens={POSITIONS}")
+
+
+def test_a_recipe_of_a_config_file_scores_as_its_run_does(student, tmp_path, call):
+    """Cherry LLM's: the student is warmed up on a tenth of the rows."""
+    recipe = ROOT / "configs" / "select" / "cherry_ifd.py"
+    sizes = {"student.path": str(student), "traces.questions": 40, "tokens.max_length": POSITIONS, "train.row_tokens": POSITIONS}
+    config = override(runpy.run_path(str(recipe))["get_config"](), {**sizes, "score.warmup.steps": 3, "train.rows_per_step": 2})
+    [run] = pipeline.run(config, Context(workdir=tmp_path / "run"), until="score")
+    path, out = tmp_path / "t.jsonl", tmp_path / "s.parquet"
+    export_traces(table_to_traces(run.artifacts["verify"].table("traces")), path, "trace")
+    assert call("score", path, f"--student={student}", f"--recipe={recipe}", *SHORT, f"--out={out}")[0] == 0
+    mine, theirs = pq.read_table(out).sort_by("id"), run.artifacts["score"].table("scores")
+    assert len(mine) > 30 and mine.drop_columns(["source", "prompt_tokens"]).replace_schema_metadata().equals(theirs)
+    text = "import runpy\ndef get_config():\n  c = runpy.run_path(%r)['get_config']()\n  c.select.steps = (%r,)\n  return c\n"
+    (tmp_path / "half.py").write_text(text % (str(recipe), TOP | {"signal": "ifd_loss"}))
+    words = [f"--recipe={tmp_path / 'half.py'}", f"--out={tmp_path / 'st.json'}", "--seed=0,1", "--dtype=float32", "--batch_size=1,2"]
+    assert call("stability", path, f"--student={student}", *words, *SHORT)[0] == 0
+    found = {change["factor"]: change for change in json.loads((tmp_path / "st.json").read_text())["changes"]}
+    assert found["batch_size"]["equal"] and found["seed"]["signals"]["ifd_loss"]["max_difference"] > 0  # of another warm-up
+
+
+def test_what_shipped_recipes_ask_of_scoring_is_done(scored, student, tmp_path, monkeypatch, call):
+    def score(name, *words):
+        out = tmp_path / f"{name}.parquet"
+        recipe = ROOT / "configs" / "select" / f"{name}.py"
+        code, _, said = call("score", scored / "traces.jsonl", f"--student={student}", f"--recipe={recipe}", f"--out={out}", *SHORT, *words)
+        return pq.read_table(out) if code == 0 else said.splitlines()[-1]
+
+    share = "--config.score.warmup.share=0.5"
+    deita = score("deita", share)
+    assert deita.schema.names[-2:] == ["ifd_loss", "embedding_rationale"]
+    assert json.loads(deita.schema.metadata[b"dccot_scores"])["facts"]["student"]["kind"] == "train"
+    assert "config.score.models.holdout" in score("rho", share)
+    monkeypatch.setenv("DCCOT_HOLDOUT", str(student))
+    rho = np.array(score("rho", share)["rho"].to_pylist())
+    assert np.isfinite(rho).all() and (rho != 0).all() and np.abs(rho).max() < 1  # a few steps from the holdout model
+    s2l = score("s2l", "--config.score.over_time.snapshots=3")
+    assert s2l.schema.field("s2l").type == pa.list_(pa.float32(), 3)
+    assert "less compares rows with others" in score("less")  # the shipped one names the training task of a run
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 # --- select -------------------------------------------------------------------------------------------------------------

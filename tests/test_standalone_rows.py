@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 from standalone_cases import PAIRS, ROW, rows_of, write_lines
 
-from dccot_jax.config import ConfigError
+from dccot_jax.config import ConfigError, default_config
 from dccot_jax.context import Context
 from dccot_jax.data.tokenize import training_prompt
 from dccot_jax.formats import FormatError, export_traces
 from dccot_jax.records import make_trace
-from dccot_jax.standalone.recipe import read_recipe
+from dccot_jax.standalone.recipe import Recipe, read_recipe
+from dccot_jax.standalone.request import make_request
 from dccot_jax.standalone.rows import judged, read_traces, write_dropped, write_kept
 
 
@@ -141,15 +142,43 @@ def test_verdicts_by_gold_answers(tmp_path, ctx):
     assert {t.verdict for t in judged(read_traces(path), 5.0, ctx).traces} == {None}  # nobody said what the answers are
 
 
+def test_a_config_file_says_how_its_rows_are_scored(tmp_path):
+    path = tmp_path / "r.py"
+    text = "from dccot_jax.config import default_config\ndef get_config():\n  c = default_config()\n  %s\n  return c\n"
+
+    def asked(lines, verb="score", **given):
+        path.write_text(text % "\n  ".join(["c.select.steps = ({'name': 'top', 'signal': 'nll', 'rows': 3},)", *lines]))
+        out = {"score": "s.parquet", "stability": "s.json", "select": "k.jsonl"}[verb]
+        overrides = given.pop("overrides", {})
+        return make_request(verb, {"student": "S", "recipe": str(path), "out": out, **given}, [str(path)], overrides).config
+
+    lines = ["c.score.student = 'warmup'", "c.score.warmup.steps = 7", "c.train.learning_rate = 1e-4", "c.score.batch_tiles = 9"]
+    for verb in ("score", "stability"):
+        config = asked([*lines, "c.score.signals = ('entropy',)", "c.tokens.max_length = 9"], verb)
+        assert (config.score.student, config.score.warmup.steps, config.train.learning_rate) == ("warmup", 7, 1e-4)
+        assert config.score.signals == ("entropy", "nll") and config.tokens.max_length == 256
+    assert asked(lines).score.batch_tiles == 9 and asked(lines, batch_size="2").score.batch_tiles == 2
+    assert asked(lines, signals="nll,ppl").score.signals == ("nll", "ppl")
+    assert asked(lines, overrides={"score.student": "base"}).score.student == "base"
+    assert asked(lines, "select").score == default_config().score
+    assert asked(lines[2:3]).train.learning_rate == 1e-3  # nothing is trained
+    validation = "c.score.gradients.validation = ({'task': %s, 'rows': 4},)"
+    assert asked([validation % "c.traces.task"]).score.gradients.validation == ()  # there is no training task here
+    assert asked([validation % "'svamp'"]).score.gradients.validation == ({"task": "svamp", "rows": 4},)
+    with pytest.raises(ConfigError, match=r"score\.kind"):
+        path.write_text("def get_config():\n  return {'select': {'steps': [{'name': 'none'}]}, 'score': {'kind': 1}}\n")
+        make_request("score", {"student": "S", "recipe": str(path), "out": "s.parquet"}, [str(path)], {})
+
+
 def test_recipes(tmp_path):
     top = {"name": "top", "signal": "nll", "rows": 3}
-    assert read_recipe('["none", {"name": "top", "signal": "nll", "rows": 3}]') == [{"name": "none"}, top]
-    assert read_recipe(json.dumps(top)) == [top]
+    assert read_recipe('["none", {"name": "top", "signal": "nll", "rows": 3}]') == Recipe([{"name": "none"}, top])
+    assert read_recipe(json.dumps(top)) == Recipe([top])
     (tmp_path / "r.json").write_text(json.dumps([top]))
-    assert read_recipe(str(tmp_path / "r.json")) == [top]
+    assert read_recipe(str(tmp_path / "r.json")) == Recipe([top])
     text = "from dccot_jax.config import default_config\ndef get_config():\n  c = default_config()\n  c.select.steps = (%r,)\n  return c\n"
     (tmp_path / "r.py").write_text(text % top)
-    assert read_recipe(str(tmp_path / "r.py")) == [top]
+    assert read_recipe(str(tmp_path / "r.py")) == Recipe([top])
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     (tmp_path / "none.py").write_text("x = 1\n")
     (tmp_path / "bad.json").write_text('[\n{"name": }]')

@@ -11,6 +11,7 @@ from dccot_jax.standalone import score, select, stability
 from dccot_jax.standalone.request import Request, in_flags, make_request
 
 _RUN = {"score": score.run, "select": select.run, "stability": stability.run}
+_LONG = ("score", "train_warmup")  # artifacts worth to go on from
 
 
 def parse(verb: str, given: Mapping[str, str | None], files: Sequence[str], overrides: Mapping[str, str]) -> Request:
@@ -20,13 +21,13 @@ def parse(verb: str, given: Mapping[str, str | None], files: Sequence[str], over
 
 
 def run(request: Request, ctx: Context) -> None:
-    """Do what is asked. Raises InputError with one line. Leaves nothing beside the output but scores to go on from."""
+    """Do what is asked. Raises InputError with one line. Leaves nothing beside the output but scores (and a warm-up) to go on from."""
     try:
         with _in_flags():
             _RUN[request.verb](request, ctx)
     finally:
-        scores = [path for depth in ("", "*/") for path in request.workdir.glob(f"{depth}artifacts/score-*/*")]
-        if ctx.is_main and not scores:
+        started = [p for depth in ("", "*/") for kind in _LONG for p in request.workdir.glob(f"{depth}artifacts/{kind}-*/*")]
+        if ctx.is_main and not started:
             request.clear_parts()
 
 

@@ -25,7 +25,7 @@ from dccot_jax.select.candidates import Step
 from dccot_jax.select.columns import check_table
 from dccot_jax.select.selectors import required_signals
 from dccot_jax.select.signals import split_signals
-from dccot_jax.standalone.recipe import read_recipe
+from dccot_jax.standalone.recipe import Recipe, read_recipe
 
 VERBS = ("score", "select", "stability")
 # Flag -> the config key it stands for.
@@ -51,7 +51,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "max_length": ("Longest row in tokens; default: the student's positions.", VERBS),
     "gold_field": ("Column of the right answers.", VERBS),
     "answer_type": (f"Type of the right answers: {', '.join(ANSWER_TYPES)}.", VERBS),
-    "seed": ("Root seed.", ("select", "stability")),
+    "seed": ("Root seed.", VERBS),
 }
 FLAG_VERBS = {name: verbs for name, (_, verbs) in FLAGS.items()}
 _ENDING = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
@@ -162,7 +162,8 @@ def in_flags(text: str) -> str:
 
 
 def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tuple[Any, ...]], overrides: Mapping[str, str]) -> ConfigDict:
-    steps = read_recipe(str(given["recipe"])) if given.get("recipe") else []
+    recipe = read_recipe(str(given["recipe"])) if given.get("recipe") else Recipe([])
+    changes = recipe.changes if verb != "select" else {}
     if verb != "score" and not given.get("recipe"):
         raise InputError("--recipe is needed: JSON, a .json file, or a config file like those in configs/select")
     if verb != "select" and not given.get("student"):
@@ -172,11 +173,12 @@ def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tup
     config = config_lib.override(
         config_lib.default_config(),
         {
+            **changes,
             "student.path": given.get("student") or "",
             "data_dir": given.get("data_dir") or "",
-            "select.steps": tuple(steps),
+            "select.steps": tuple(recipe.steps),
             "select.tables": tables,
-            **{KEYS[name]: values[0] for name, values in spread.items()},
+            **{KEYS[name]: values[0] for name, values in spread.items() if given.get(name) or KEYS[name] not in changes},
         },
     )
     for key, text in overrides.items():
@@ -186,7 +188,8 @@ def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tup
         config = config_lib.override(config, {key: _literal(text)})
     if verb != "select":
         there = {name for path in tables for names in check_table(path) for name in names}
-        signals = signals or tuple(name for name in required_signals(steps) if name not in there)
+        wanted = {*changes.get("score.signals", ()), *required_signals(recipe.steps)}
+        signals = signals or tuple(sorted(wanted - there))
         if verb == "score" and not signals:
             raise InputError("--signals is needed, or a --recipe that reads some; `dccot score --help` lists them")
         split_signals(signals)

@@ -48,6 +48,7 @@ def run(request: Request, ctx: Context) -> None:
     config, given = prepare(request, file, ctx)
     given = pipeline.make(config, "tokenize", ctx, given)
     _check_rows(file, given["tokenize"], _dropped(file, given))
+    config = sized(config, request, given["tokenize"])
     done = pipeline.make(config, "score", ctx, given)
     dropped = _dropped(file, done)
     ctx.barrier("reasons read")
@@ -74,6 +75,14 @@ def prepare(request: Request, file: TraceFile, ctx: Context) -> tuple[config_lib
     config = config_lib.override(request.config, {"tokens.max_length": length, "train.row_tokens": length})
     preflight.check(config)
     return config, given
+
+
+def sized(config: config_lib.ConfigDict, request: Request, tokens: Artifact) -> config_lib.ConfigDict:
+    """The config with packed rows for a warm-up training as long as asked for, or as the longest row: not the student's positions,
+    which may be many times what the memory holds."""
+    lengths = tokens.batches("tokens", ("prompt_tokens", "completion_tokens"))
+    longest = max((sum(row.values()) for batch in lengths for row in batch.to_pylist()), default=1)
+    return config_lib.override(config, {"train.row_tokens": min(max(request.config.train.row_tokens, longest), config.train.row_tokens)})
 
 
 def check_less(request: Request) -> None:

@@ -26,7 +26,7 @@ from dccot_jax.standalone import show
 from dccot_jax.standalone.rank_agreement import kendall, spearman
 from dccot_jax.standalone.request import KEYS, Request
 from dccot_jax.standalone.rows import judged, read_dropped, read_traces
-from dccot_jax.standalone.score import check_gold, check_less, prepare
+from dccot_jax.standalone.score import check_gold, check_less, prepare, sized
 
 # What a batch is to each part of scoring: tiles in flight, rows committed together, replies generated together.
 _BATCH_KEYS = (KEYS["batch_size"], "score.chunk_rows", "evaluate.batch_rows")
@@ -54,6 +54,7 @@ def run(request: Request, ctx: Context) -> None:
     file = judged(file, request.config.verify.time_limit_seconds, ctx)
     config, given = prepare(request, file, ctx)
     given = pipeline.make(config, "tokenize", ctx, given)
+    config = sized(config, request, given["tokenize"])
     ids = given["tokenize"].table("tokens")["id"].to_pylist()
     baseline = {factor: values[0] for factor, values in request.spread.items()}
     first = _outcome(config, baseline, given, ctx)
@@ -128,9 +129,12 @@ def _outcome(
     config: config_lib.ConfigDict, setting: Mapping[str, Any], given: Mapping[str, Artifact], ctx: Context, *, apart: bool = False
 ) -> Outcome:
     changes = {KEYS[factor]: value for factor, value in setting.items()} | dict.fromkeys(_BATCH_KEYS, setting["batch_size"])
+    config = config_lib.override(config, changes)
+    if config.score.student == "warmup" and config.score.signals:  # one training: the batch size is of scoring
+        given = pipeline.make(config, "train:warmup", ctx, given)
     if apart:
         ctx = dataclasses.replace(ctx, workdir=ctx.workdir / f"batch_size-{setting['batch_size']}")
-    done = pipeline.make(config_lib.override(config, changes), "select", ctx, given)
+    done = pipeline.make(config, "select", ctx, given)
     tables = [done["score"].table("scores")] if "score" in done else []
     tokens = done["tokenize"].table("tokens").select(["id", "prompt_tokens", "completion_tokens"]).to_pylist()
     columns = read_columns([*tables, *open_tables(config.select.tables)])
