@@ -426,7 +426,19 @@ def test_comparison_counts_lost_rows_and_vectors():
         (["select", "T", "--out=k.jsonl", '--recipe=["none"]', "--scores=no.parquet"], "--scores: 'no.parquet': no such file"),
         (
             ["select", "T", "--out=k.jsonl", "--scores=P", '--recipe={"name": "top", "signal": "ifd", "rows": 1}'],
-            "signal 'ifd' has no scores",
+            "signal 'ifd' has no scores; scored: ifd_loss, nll; score it with `dccot score --signals=…` and pass --scores=FILE",
+        ),
+        (
+            ["select", "T", "--out=k.jsonl", "--scores=P", '--recipe={"name": "kcenter", "vector": "v", "rows": 1}'],
+            "vectors: none; score one with `dccot score --signals=…` and pass --scores=FILE",
+        ),
+        (
+            ["select", "T", "--out=k.jsonl", "--scores=P", '--recipe=["none"]', "--config.score.signals=nll"],
+            "does not go with select; --signals goes with score, stability",
+        ),
+        (
+            ["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", '--recipe={"name": "top", "signal": "ppl", "rows": 1}'],
+            "signal 'ppl' has no scores; scored: nll; add it to --signals",
         ),
         (["select", "T", "--out=k.csv", "--scores=P", '--recipe=["none"]'], "cannot tell what to write; use .jsonl"),
         (["select", "T", "--out=T", '--recipe=["none"]'], "is the file of traces itself"),

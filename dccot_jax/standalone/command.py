@@ -16,14 +16,14 @@ _LONG = ("score", "train_warmup")  # artifacts worth to go on from
 
 def parse(verb: str, given: Mapping[str, str | None], files: Sequence[str], overrides: Mapping[str, str]) -> Request:
     """As `request.make_request`."""
-    with _in_flags():
+    with _in_flags(verb):
         return make_request(verb, given, files, overrides)
 
 
 def run(request: Request, ctx: Context) -> None:
     """Do what is asked. Raises InputError with one line. Leaves nothing beside the output but scores (and a warm-up) to go on from."""
     try:
-        with _in_flags():
+        with _in_flags(request.verb):
             _RUN[request.verb](request, ctx)
     finally:
         started = [p for depth in ("", "*/") for kind in _LONG for p in request.workdir.glob(f"{depth}artifacts/{kind}-*/*")]
@@ -32,8 +32,8 @@ def run(request: Request, ctx: Context) -> None:
 
 
 @contextlib.contextmanager
-def _in_flags() -> Iterator[None]:
+def _in_flags(verb: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(in_flags(str(error))) from None
+        raise InputError(in_flags(str(error), verb)) from None

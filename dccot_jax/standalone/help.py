@@ -41,7 +41,7 @@ def help_text(verb: str) -> str:
         defaults = config_lib.resolved_text(config_lib.ConfigDict({"config": {"score": config_lib.default_config().score}}))
         parts += [f"Signals: {', '.join(signal_names())}.", "Options of scoring, with their defaults:\n" + _indented(defaults)]
     if verb != "score":
-        parts.append(in_flags(selectors.__doc__ or ""))
+        parts.append(in_flags(selectors.__doc__ or "", verb))
     return "\n\n".join(parts)
 
 

@@ -54,6 +54,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "seed": ("Root seed.", VERBS),
 }
 FLAG_VERBS = {name: verbs for name, (_, verbs) in FLAGS.items()}
+_ADD = re.compile(r"add (it|one) to config\.score\.signals")
 _ENDING = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 _DEFAULTS = {"dtype": "float32", "batch_size": "4", "seed": "0"}
 _SPREAD = {"dtype": "float32,bfloat16", "batch_size": "1,64", "seed": "0,1,2"}  # what stability compares by default
@@ -154,11 +155,18 @@ def make_request(verb: str, given: Mapping[str, str | None], files: Sequence[str
     )
 
 
-def in_flags(text: str) -> str:
-    """A message about config keys in the words of the flags that stand for them."""
+def in_flags(text: str, verb: str) -> str:
+    """A message about config keys in the words of the flags of `verb` that stand for them."""
+    if not _takes(verb, "signals"):
+        text = _ADD.sub(r"score \1 with `dccot score --signals=…` and pass --scores=FILE", text)
     for flag, key in KEYS.items():
-        text = text.replace(f"config.{key}", f"--{flag}")
+        if _takes(verb, flag):
+            text = text.replace(f"config.{key}", f"--{flag}")
     return text
+
+
+def _takes(verb: str, flag: str) -> bool:
+    return verb in FLAG_VERBS.get(flag, VERBS)
 
 
 def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tuple[Any, ...]], overrides: Mapping[str, str]) -> ConfigDict:
@@ -184,6 +192,8 @@ def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tup
     for key, text in overrides.items():
         if key in KEYS.values():
             flag = next(flag for flag, own in KEYS.items() if own == key)
+            if not _takes(verb, flag):
+                raise InputError(f"--config.{key}={text}: does not go with {verb}; --{flag} goes with {', '.join(FLAG_VERBS[flag])}")
             raise InputError(f"{key!r} has a flag of its own: write --{flag}={text}")
         config = config_lib.override(config, {key: _literal(text)})
     if verb != "select":
