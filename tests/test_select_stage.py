@@ -15,8 +15,9 @@ from dccot_jax.config import ConfigError
 from dccot_jax.config_identity import config_slice
 from dccot_jax.preflight import check
 from dccot_jax.records import make_trace
+from dccot_jax.report.pools import Pool
 from dccot_jax.select import stage
-from dccot_jax.select.columns import check_table, read_columns
+from dccot_jax.select.columns import check_table, open_tables, read_columns
 
 
 @pytest.fixture
@@ -103,6 +104,20 @@ def test_labels_and_questions_come_from_the_traces(tmp_path, rows):
     assert sorted(by_id[i] for i in kept) == ["a", "a", "b", "b"]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_ids_may_be_of_any_string_type(tmp_path, kind):
+    """Polars and pandas 3 write large strings and views."""
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"id": pa.array(["b", "a"]).cast(kind), "x": [1.0, 2.0], "v": [[1.0, 0.0], [0.0, 1.0]]}), path)
+    assert pq.read_schema(path).field("id").type == kind
+    [table] = open_tables([path])
+    found = read_columns([table])
+    assert table.schema.field("id").type == pa.string() and found.numbers == {"x": {"b": 1.0, "a": 2.0}}
+    assert {name: list(vector) for name, vector in found.vectors["v"].items()} == {"b": [1.0, 0.0], "a": [0.0, 1.0]}
+    pool = Pool(pa.array(["a", "c", "b"]), {}, (), {}, {}, ())
+    assert pool.places(pq.read_table(path)["id"].combine_chunks()).tolist() == [2, 0]
+
+
 def test_tables_that_cannot_be_used_are_named(tmp_path, rows):
     bad = tmp_path / "bad.parquet"
     with pytest.raises(ConfigError, match="no such file"):
@@ -115,6 +130,9 @@ def test_tables_that_cannot_be_used_are_named(tmp_path, rows):
         check_table(str(bad))
     pq.write_table(pa.table({"id": ["a"], "x": ["text"]}), bad)
     with pytest.raises(ConfigError, match="no column of numbers"):
+        check_table(str(bad))
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "x": [1.0, 2.0, 3.0]}), bad)
+    with pytest.raises(ConfigError, match=r"bad\.parquet': id 'a' is there more than once"):
         check_table(str(bad))
     with pytest.raises(ConfigError, match="vectors of 1 to 2 numbers"):
         read_columns([pa.table({"id": ["a", "b"], "v": [[1.0], [1.0, 2.0]]})])

@@ -305,6 +305,18 @@ def test_vectors_and_own_columns_join_by_id(scored, tmp_path, call):
     assert code == 2 and "'nll' is a number, not a vector; vectors: mine" in said
 
 
+def test_own_tables_of_views_with_values_that_are_not_finite(scored, tmp_path, call):
+    table = pq.read_table(scored / "scores.parquet").select(["id", "prompt_tokens", "completion_tokens"])
+    table = table.set_column(0, "id", table["id"].cast(pa.string_view()))
+    pq.write_table(table.append_column("mine", pa.array([float(n) for n in range(10)] + [np.nan, np.inf])), tmp_path / "m.parquet")
+    words = [scored / "traces.jsonl", f"--scores={tmp_path / 'm.parquet'}", '--recipe={"name": "top", "signal": "mine", "rows": 4}']
+    code, said, _ = call("select", *words, f"--out={tmp_path / 'k.jsonl'}")
+    assert code == 0 and re.search(r"mine +│ +7\.5 │ +2\.5 │ +2 │", said) and "no_score_mine" in said
+    pq.write_table(pa.concat_tables([pq.read_table(tmp_path / "m.parquet")] * 2), tmp_path / "m.parquet")
+    code, _, said = call("select", *words, f"--out={tmp_path / 'again.jsonl'}")
+    assert code == 2 and f"--scores: '{tmp_path / 'm.parquet'}': id '{table['id'][0]}' is there more than once" in said
+
+
 def test_vectors_of_the_student_are_columns_too(scored, student, tmp_path, call):
     words = [scored / "traces.jsonl", f"--student={student}", "--signals=embedding_rationale,nll"]
     assert call("score", *words, f"--out={tmp_path / 's.parquet'}")[0] == 0

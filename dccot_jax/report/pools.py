@@ -43,7 +43,7 @@ class Pool:
 
     def places(self, ids: pa.Array) -> np.ndarray:
         """Row of every id, -1 where it is not in the pool."""
-        return np.asarray(pc.fill_null(pc.call_function("index_in", [ids], pc.SetLookupOptions(self.ids)), -1))
+        return np.asarray(pc.fill_null(pc.call_function("index_in", [ids.cast(pa.string())], pc.SetLookupOptions(self.ids)), -1))
 
 
 def read_pool(artifacts: Mapping[str, Artifact]) -> Pool:

@@ -80,13 +80,19 @@ def open_tables(paths: Sequence[str]) -> list[pa.Table]:
     """The tables of `config.select.tables`. Raises ConfigError as `check_table` does."""
     for path in paths:
         check_table(path)
-    return [pq.read_table(Path(path).expanduser()) for path in paths]
+    return [read_table(path) for path in paths]
+
+
+def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns (all) of a file that `check_table` accepts, its ids as plain strings."""
+    table = pq.read_table(Path(path).expanduser(), columns=list(columns) if columns else None)
+    return table.set_column(table.schema.get_field_index("id"), "id", table["id"].cast(pa.string()))
 
 
 def check_table(path: str) -> tuple[list[str], list[str]]:
     """Columns of numbers and of vectors of one file of `config.select.tables`.
 
-    Raises ConfigError unless it is a parquet file with string ids and at least one such column.
+    Raises ConfigError unless it is a parquet file with string ids, none of them twice, and at least one such column.
     """
     where, file = f"config.select.tables: {path!r}", Path(path).expanduser()
     if not file.is_file():
@@ -95,11 +101,16 @@ def check_table(path: str) -> tuple[list[str], list[str]]:
         schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{where}: not a parquet file ({' '.join(str(error).split())[:120]})") from None
-    if "id" not in schema.names or not pa.types.is_string(schema.field("id").type):
+    if "id" not in schema.names or not _is_string(schema.field("id").type):
         raise ConfigError(f"{where}: needs a string column 'id' with trace ids; columns: {', '.join(schema.names)}")
     found = kinds(schema)
     if not found[0] and not found[1]:
         raise ConfigError(f"{where}: has no column of numbers, nor of lists of floats, beside 'id'")
+    seen: set[str] = set()
+    for identity in read_table(path, ["id"])["id"].to_pylist():
+        if identity in seen:
+            raise ConfigError(f"{where}: id {identity!r} is there more than once; which of its values count? Keep one row per id")
+        seen.add(identity)
     return found
 
 
@@ -115,6 +126,10 @@ def _vectors(name: str, ids: Sequence[str], column: pa.ChunkedArray) -> dict[str
     flat = np.asarray(present.flatten(), np.float32)
     matrix = flat.reshape(int(there.sum()), -1) if there.any() else np.zeros((0, 0), np.float32)
     return dict(zip((i for i, has in zip(ids, there) if has), matrix))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -13,7 +13,7 @@ from dccot_jax.artifact import Artifact
 from dccot_jax.context import Context
 from dccot_jax.records import Dropped, InputError
 from dccot_jax.select.candidates import SelectionError
-from dccot_jax.select.columns import check_table
+from dccot_jax.select.columns import check_table, open_tables, read_table
 from dccot_jax.standalone import show
 from dccot_jax.standalone.request import Request
 from dccot_jax.standalone.rows import (
@@ -56,7 +56,7 @@ def run(request: Request, ctx: Context) -> None:
             dropped = [*file.dropped, *lost, *read_dropped(chosen.file("dropped.parquet"))]
             rows = write_kept(file, kept, request.out)
             write_dropped(file, dropped, request.beside("dropped.parquet"))
-            show.selection(chosen.facts["funnel"], dropped, [pq.read_table(path) for path in request.config.select.tables], kept)
+            show.selection(chosen.facts["funnel"], dropped, open_tables(request.config.select.tables), kept)
             show.files(request.out, request.beside("dropped.parquet"), rows=rows)
         ctx.barrier("selection written")
     except SelectionError as error:
@@ -73,13 +73,13 @@ def _candidates(request: Request, file: TraceFile, ctx: Context) -> tuple[dict[s
         config, given = prepare(request, file, ctx)
         done = pipeline.make(config, "tokenize", ctx, given)
         return done, read_dropped(done["tokenize"].file("dropped.parquet"))
-    counted = [path for path in request.config.select.tables if set(_COUNTS) <= set(pq.read_schema(path).names)]
+    counted = [path for path in request.config.select.tables if set(_COUNTS) <= set(pq.read_schema(Path(path).expanduser()).names)]
     if not counted:
         raise InputError(
             "lengths in tokens are needed: --scores with the columns prompt_tokens and completion_tokens, as `dccot score` writes them,"
             " or --student=DIR to count with its tokenizer"
         )
-    table = pq.read_table(counted[0], columns=list(_COUNTS))
+    table = read_table(counted[0], _COUNTS)
     known, scored = {trace.id for trace in file.traces}, set(table["id"].to_pylist())
     beside = Path(counted[0]).expanduser()
     reasons = {row.id: row for row in read_dropped(beside.with_name(f"{beside.stem}.dropped.parquet"))}

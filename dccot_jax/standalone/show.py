@@ -35,17 +35,18 @@ def scores(table: pa.Table, dropped: Sequence[Dropped]) -> None:
 
 
 def selection(funnel: Sequence[Mapping[str, Any]], dropped: Sequence[Dropped], tables: Sequence[pa.Table], kept: Collection[str]) -> None:
-    """What every step did, the reasons, and the means of the scores over the rows kept and dropped."""
+    """What every step did, the reasons, and the means of the finite scores over the rows kept and dropped."""
     steps = _table("Selection", "step", "rows in", "rows out", "groups in", "groups out", "tokens in", "tokens out")
     for step in funnel:
         figures = (step[f"{what}_{side}"] for what in ("rows", "groups", "tokens") for side in ("in", "out"))
         steps.add_row(step["step"], *(f"{figure:,}" for figure in figures))
     _print(steps)
     _reasons(dropped)
-    means = _table("Kept and dropped", "signal", "mean kept", "mean dropped")
+    means = _table("Kept and dropped", "signal", "mean kept", "mean dropped", "not finite")
     for name, values in read_columns(tables).numbers.items():
-        sides = [[value for i, value in values.items() if (i in kept) is side] for side in (True, False)]
-        means.add_row(name, *(f"{np.mean(side):.4g}" if side else "-" for side in sides))
+        finite = {i: value for i, value in values.items() if np.isfinite(value)}
+        sides = [[value for i, value in finite.items() if (i in kept) is side] for side in (True, False)]
+        means.add_row(name, *(f"{np.mean(side):.4g}" if side else "-" for side in sides), f"{len(values) - len(finite):,}")
     if means.row_count:
         _print(means)
 
