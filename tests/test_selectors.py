@@ -158,6 +158,41 @@ def test_teacher_correct_and_threshold_reasons():
     assert {d.id: d.reason for d in dropped} == {"b": "nll_below_min", "c": "nll_above_max", "d": "no_score_nll"}
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"name": "top", "signal": "nll"},
+        {"name": "random"},
+        {"name": "kcenter", "vector": "embedding"},
+        {"name": "facility_location", "vector": "embedding"},
+        {"name": "stratified", "by": "teacher"},
+    ],
+    ids=lambda step: step["name"],
+)
+def test_a_budget_too_small_for_anything_is_told_with_both_numbers(step):
+    candidates = pool()
+    least = next(n for n in range(1, 1000) if _keeps(candidates, step | {"tokens": n}))
+    assert least in [c.completion_tokens for c in candidates]
+    with pytest.raises(SelectionError, match=rf"\): the first group alone has {least} completion tokens, the budget is {least - 1}$"):
+        select(candidates, step | {"tokens": least - 1})
+    share = 0.5 / size(candidates)
+    with pytest.raises(SelectionError, match=rf"\): a share of {share} of {size(candidates)} rows is 0 rows, rounded down$"):
+        select(candidates, step | {"share": share})
+
+
+def _keeps(candidates, step):
+    try:
+        return bool(select(candidates, step)[0])
+    except SelectionError:
+        return False
+
+
+def test_a_budget_is_not_blamed_for_missing_scores():
+    candidates = [Candidate("a", ("a",), 3, True, "correct", {"nll": float("nan")})]
+    with pytest.raises(SelectionError, match=r"kept 0 of 1 rows \(no_score_nll 1\)$"):
+        select(candidates, {"name": "top", "signal": "nll", "tokens": 2})
+
+
 def test_empty_selections_say_which_step_and_how_many():
     with pytest.raises(SelectionError, match=r"steps\[1\] \(threshold.*kept 0 of \d+ rows \(nll_above_max \d+"):
         select(pool(), {"name": "none"}, {"name": "threshold", "signal": "nll", "max": -1.0})

@@ -39,11 +39,13 @@ Random choices hang on the seed and the group's id. No result depends on the ord
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dccot_jax.records import Dropped, count_reasons
 from dccot_jax.select import options as option
+from dccot_jax.select.budget import BUDGETS, budget_of
 from dccot_jax.select.candidates import Candidate, Selected, SelectionError, Setting, Step, describe, rows, tokens
 from dccot_jax.select.methods import drawn, filters, ranked
 from dccot_jax.select.methods.deita import deita
@@ -60,6 +62,8 @@ from dccot_jax.select.methods.s2l import s2l
 from dccot_jax.select.methods.semdedup import semdedup
 from dccot_jax.select.methods.stratified import stratified
 from dccot_jax.select.options import Columns, Rule, check_step, step_reads
+
+_COUNTED = {"rows": "rows", "tokens": "completion tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,8 @@ def apply_steps(
         reports.append(_report(step, before, kept, gone))
         if not kept:
             counts = ", ".join(f"{reason} {n}" for reason, n in reports[-1].dropped.items())
-            raise SelectionError(f"config.select.steps[{index}] ({describe(step)}): kept 0 of {rows(before)} rows ({counts})")
+            why = _too_small(before, step, run)
+            raise SelectionError(f"config.select.steps[{index}] ({describe(step)}): kept 0 of {rows(before)} rows ({counts}){why}")
     return kept, sorted(dropped, key=lambda d: d.id), reports
 
 
@@ -195,6 +200,22 @@ def required_corpora(steps: Sequence[Step]) -> dict[str, str]:
         if "match" in step:
             found |= required_corpora([step["match"]])
     return found
+
+
+def _too_small(before: Sequence[Candidate], step: Step, run: Callable[[Sequence[Candidate], Step], Selected]) -> str:
+    """Why the budget of a step that kept nothing holds not one group; "" if it is not the budget's doing."""
+    if not set(BUDGETS) & set(step):
+        return ""
+    budget = budget_of(step, before)
+    if not budget.limit:
+        return f": a share of {step['share']} of {rows(before)} rows is 0 rows, rounded down"
+    free = {key: value for key, value in step.items() if key not in BUDGETS}
+    costs = sorted({budget.cost(candidate) for candidate in before})
+    # The first group costs the smallest budget that keeps any.
+    place = bisect.bisect_left(costs, True, key=lambda cost: bool(run(before, free | {budget.by: cost})[0]))
+    if place == len(costs) or costs[place] <= budget.limit:
+        return ""
+    return f": the first group alone has {costs[place]:,} {_COUNTED[budget.by]}, the budget is {budget.limit:,}"
 
 
 def _report(step: Step, before: Sequence[Candidate], after: Sequence[Candidate], gone: Sequence[Dropped]) -> StepReport:
