@@ -71,7 +71,7 @@ STAGES = {
         Stage(
             "verify",
             "dccot_jax.select.verify:run",
-            3,
+            4,
             ("verify", "traces.task", "evaluate.iid", "evaluate.ood", "evaluate.cross"),
             "guarded_files",
         ),
@@ -97,11 +97,11 @@ STAGES = {
             ("score.signals", "compute_dtype", "evaluate.max_new_tokens", "verify.time_limit_seconds"),
             "score_files",
         ),
-        Stage("select", "dccot_jax.select.stage:run", 1, ("select", "seed"), "select_files"),
+        Stage("select", "dccot_jax.select.stage:run", 2, ("select", "seed"), "select_files"),
         Stage(
             "plan",
             "dccot_jax.mix.plan:run",
-            1,
+            2,
             (
                 "mix",
                 "curriculum",

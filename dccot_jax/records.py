@@ -19,6 +19,8 @@ import pyarrow as pa
 # Fields whose values say what a trace *is*. Verdicts, scores and counts are not among them.
 IDENTITY_FIELDS = ("task", "split", "question", "teacher", "style", "method", "part", "sample_index", "target", "parent_ids")
 
+_JOINERS = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\ufeff]")
+
 ANSWER_TYPES = ("number", "yes_no", "choice", "latex", "date", "string")
 
 
@@ -184,9 +186,21 @@ def dropped_to_table(dropped: Iterable[Dropped]) -> pa.Table:
 
 
 def normalise_question(text: str) -> str:
-    """Join key for questions: NFKC, lower case, letters and digits only, single spaces between words."""
+    """Join key for questions: NFKC, lower case, letters and digits only, single spaces between words (`questions` keeps signs too)."""
+    folded = fold_text(text)
+    return " ".join(re.findall(rf"[^\W_]{letters(folded)}*", folded))
+
+
+def fold_text(text: str) -> str:
+    """NFKC, lower case, without characters that only steer how letters join (joiners, soft hyphens, variation selectors)."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"[^\W_]+", folded))
+    return folded if folded.isascii() else unicodedata.normalize("NFKC", _JOINERS.sub("", folded))
+
+
+def letters(folded: str) -> str:
+    """Regular expression of one letter or digit of this text, or one of its marks (vowel signs, accents): they stay in their words."""
+    marks = "" if folded.isascii() else "".join(sorted(c for c in set(folded) if unicodedata.category(c)[0] == "M"))
+    return rf"(?:[^\W_]|[{marks}])" if marks else r"[^\W_]"
 
 
 def _to_arrow(value: Any) -> Any:

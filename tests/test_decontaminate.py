@@ -12,7 +12,7 @@ from dccot_jax import external
 from dccot_jax.config import ConfigError, validate
 from dccot_jax.records import make_trace, table_to_traces
 from dccot_jax.select import decontaminate, verify
-from dccot_jax.select.decontaminate import ExactIndex, NgramIndex, Question, drop_leaked, drop_overlapping, words
+from dccot_jax.select.decontaminate import ExactIndex, NgramIndex, Question, drop_leaked, drop_overlapping, signed_words, words
 from dccot_jax.tasks.registry import load_items, split_hash
 from dccot_jax.teachers.rows import split_tag
 
@@ -20,7 +20,7 @@ LONG = "Tom bought 12 red pens and gave 3 of them to his sister. How many pens h
 
 
 def index(*texts: str, task: str = "other") -> ExactIndex:
-    return ExactIndex(Question(task, str(i), words(text)) for i, text in enumerate(texts))
+    return ExactIndex(Question.of(task, str(i), text) for i, text in enumerate(texts))
 
 
 def trace(text="a question", target="The answer is 7.", **fields):
@@ -47,12 +47,12 @@ def trace(text="a question", target="The answer is 7.", **fields):
 )
 def test_a_whole_test_question_is_found_anywhere_in_a_text(text, found):
     tests = index(LONG, "Is the sky blue")
-    assert (tests.find(words(text)) is not None) is found
+    assert (tests.find(signed_words(text)) is not None) is found
 
 
 def test_latex_layout_does_not_hide_a_question():
     tests = index(r"Find $\frac{1}{2} + \left( x^2 \right)$ for the real number $x = 3$ given above.")
-    assert tests.find(words(r"Find $\dfrac{1}{2}+(x^2)$ for the \text{real} number $x=3$ given above")) is not None
+    assert tests.find(signed_words(r"Find $\dfrac{1}{2}+(x^2)$ for the \text{real} number $x=3$ given above")) is not None
     assert words(r"\dfrac{a}{b}\,\leftarrow") == ("frac", "a", "b", "leftarrow")
 
 

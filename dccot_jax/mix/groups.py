@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dccot_jax.records import Dropped, InputError, normalise_question
+from dccot_jax.questions import question_key
+from dccot_jax.records import Dropped, InputError
 
 TOKEN_COLUMNS = ("id", "group_id", "prompt_tokens", "completion_tokens")
 TRACE_COLUMNS = ("id", "part", "task", "question", "teacher", "style", "level", "n_steps")
@@ -40,7 +41,7 @@ class Group:
 
     Attributes:
       id: group id. rows: its rows, sorted by id. lead: the forward row, else the first.
-      task, teacher, style, level: of the leading trace. question: join key of (task, question).
+      task, teacher, style, level: of the leading trace. question: key of (task, question), see `questions`.
       n_steps: reasoning steps of the leading trace, or None.
     """
 
@@ -122,7 +123,7 @@ def _group(identity: str, rows: list[Row], records: Mapping[str, Mapping[str, An
         rows=tuple(rows),
         lead=lead,
         task=record["task"],
-        question=f"{record['task']}:{normalise_question(record['question'])}",
+        question=f"{record['task']}:{question_key(record['question'])}",
         teacher=record["teacher"],
         style=record["style"],
         level=record["level"],

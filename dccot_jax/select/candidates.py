@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dccot_jax.records import InputError, Trace, normalise_question
+from dccot_jax import questions
+from dccot_jax.records import InputError, Trace
 
 
 class SelectionError(InputError):
@@ -141,7 +142,7 @@ def text(candidate: Candidate, name: str) -> str:
 def question_key(candidate: Candidate) -> tuple[str, str]:
     """Candidates with equal keys answer the same question."""
     record = _record(candidate)
-    return record.task, normalise_question("\n".join((record.question, *record.choices)))
+    return record.task, questions.question_key(record.question, record.choices)
 
 
 def _record(candidate: Candidate) -> Trace:

@@ -3,8 +3,9 @@
 Every text of a row is looked at: its question, its own prompt if it has one, and what the student learns to write; augmented
 rows like all others. Two findings:
 
-  exact    the text equals a test question up to case, spacing, punctuation and LaTeX layout, or contains one of at least
-           `MIN_WORDS` words. Such a row is dropped, with its group and with what was made from it.
+  exact    the text equals a test question up to case, spacing, punctuation of prose and LaTeX layout (signs of mathematics
+           count, see `questions`), or contains one of at least `MIN_WORDS` words. Such a row is dropped, with its group and
+           with what was made from it.
   n-grams  runs of n words that also stand in a test question. They are reported with the spans: short word problems share
            n-grams innocently, so dropping by them is a threshold that the user sets.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dccot_jax.questions import question_words
 from dccot_jax.records import Dropped, Trace, normalise_question
 from dccot_jax.tasks.registry import all_tasks, data_at_hand, load_items
 
@@ -49,11 +51,16 @@ OVERLAP_SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One test question: its task, its item's id, its normalised words."""
+    """One test question: its task, its item's id, its words alone (n-grams), its words with the signs between them (exact overlap)."""
 
     task: str
     item: str
     words: tuple[str, ...]
+    signed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, task: str, item: str, text: str) -> Question:
+        return cls(task, item, words(text), signed_words(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +83,21 @@ def guarded_tasks(evaluated: Sequence[str], data_dir: Path | None, *, registered
 
 def evaluation_questions(tasks: Iterable[str], data_dir: Path | None) -> list[Question]:
     """The questions of the whole test split of every task, whatever share is evaluated."""
-    return [Question(name, item.id, words(item.question)) for name in tasks for item in load_items(name, "test", data_dir)]
+    return [Question.of(name, item.id, item.question) for name in tasks for item in load_items(name, "test", data_dir)]
 
 
 def words(text: str) -> tuple[str, ...]:
     """Normalised words of a text, LaTeX layout commands left out and fractions written one way."""
-    if "\\" in text:
-        text = _FRACTION.sub(r"\\frac", _LAYOUT.sub(" ", text))
-    return tuple(normalise_question(text).split())
+    return tuple(normalise_question(_without_layout(text)).split())
+
+
+def signed_words(text: str) -> tuple[str, ...]:
+    """The same with operators, brackets and decimal points (`questions.question_words`)."""
+    return question_words(_without_layout(text))
+
+
+def _without_layout(text: str) -> str:
+    return _FRACTION.sub(r"\\frac", _LAYOUT.sub(" ", text)) if "\\" in text else text
 
 
 # --- exact overlap ---------------------------------------------------------------------------------------------------------
@@ -96,20 +110,22 @@ class ExactIndex:
         self._whole: dict[tuple[str, ...], Question] = {}
         self._starts: dict[tuple[str, ...], list[Question]] = defaultdict(list)
         for test in tests:
-            if test.words and test.words not in self._whole:
-                self._whole[test.words] = test
+            if test.signed and test.signed not in self._whole:
+                self._whole[test.signed] = test
                 if len(test.words) >= MIN_WORDS:
-                    self._starts[test.words[:MIN_WORDS]].append(test)
+                    self._starts[test.signed[:MIN_WORDS]].append(test)
+        self._lengths = sorted({len(start) for start in self._starts})  # shorter ones where decimals join words
 
     def find(self, text: Sequence[str]) -> Question | None:
-        """The test question that the words are, or contain; of several the first in the text."""
+        """The test question that the words (`signed_words`) are, or contain; of several the first in the text."""
         found = self._whole.get(tuple(text))
         if found is not None:
             return found
-        for start in range(len(text) - MIN_WORDS + 1):
-            for test in self._starts.get(tuple(text[start : start + MIN_WORDS]), ()):
-                if tuple(text[start : start + len(test.words)]) == test.words:
-                    return test
+        for start in range(len(text)):
+            for length in self._lengths:
+                for test in self._starts.get(tuple(text[start : start + length]), ()):
+                    if tuple(text[start : start + len(test.signed)]) == test.signed:
+                        return test
         return None
 
 
@@ -117,7 +133,7 @@ def drop_leaked(traces: Sequence[Trace], index: ExactIndex) -> tuple[list[Trace]
     """Traces without exact overlap, and the others with reason ``leak:<task>``: groups whole, and all that was made from one."""
     reasons: dict[str, tuple[str, str]] = {}  # group -> (reason, what caused it)
     leaked: dict[str, str] = {}  # trace id -> evaluation task
-    find = functools.lru_cache(maxsize=1 << 16)(lambda text: index.find(words(text)))  # many traces ask one question
+    find = functools.lru_cache(maxsize=1 << 16)(lambda text: index.find(signed_words(text)))  # many traces ask one question
     for trace in traces:
         test = next((test for text in (trace.question, trace.prompt, trace.target) if text and (test := find(text))), None)
         if test is not None:

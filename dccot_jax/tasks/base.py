@@ -80,7 +80,8 @@ class Task:
 def item_key(text: str) -> str:
     """What makes a question itself: case, spacing and punctuation do not count, operators and brackets do.
 
-    So "not (a or b)" is not "not a or b", which `records.normalise_question`, the join key for files, does not tell apart.
+    So "not (a or b)" is not "not a or b", which `records.normalise_question`, the join key for files, does not tell apart. Ids of
+    items hang on it, so it stays as it is; everything that compares questions of traces uses `questions.question_key`.
     """
     return " ".join(re.findall(r"[^\W_]+|[-+*/^=<>%()]", unicodedata.normalize("NFKC", text).casefold()))
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from dccot_jax.config import ConfigError
 from dccot_jax.data.template import Rendered, render_many
-from dccot_jax.records import Dropped, Trace, content_hash, normalise_question
+from dccot_jax.questions import question_key
+from dccot_jax.records import Dropped, Trace, content_hash
 from dccot_jax.select.gradients.settings import ValidationSource
 from dccot_jax.select.views import Row
 from dccot_jax.tasks.registry import build_prompt, build_target, get_task, load_items
@@ -46,7 +47,7 @@ def validation_rows(
     Raises:
       ConfigError: a sub-task without rows, or one that would hold out the whole pool. TaskDataError: items cannot be had.
     """
-    asked = {normalise_question(trace.question) for trace in traces}
+    asked = {question_key(trace.question) for trace in traces}
     found, subtask, held_out = [], {}, []
     taken: set[str] = set()
     for source in sources:
@@ -74,7 +75,7 @@ def validation_rows(
 def _item_rows(source: ValidationSource, asked: set[str], tokenizer: Any, max_positions: int, data_dir: Path | None) -> list[Row]:
     task = get_task(source.task)
     items = sorted(load_items(task.name, source.split, data_dir), key=lambda item: item.id)
-    usable = [item for item in items if item.rationale and item.gold and normalise_question(item.question) not in asked]
+    usable = [item for item in items if item.rationale and item.gold and question_key(item.question) not in asked]
     found: list[Row] = []
     for start in range(0, len(usable), source.rows):  # further ones stand in for those that do not fit
         batch = usable[start : start + source.rows]
@@ -92,13 +93,13 @@ def _trace_rows(source: ValidationSource, rows: Sequence[Row], traces: Sequence[
     pool = {row.id: row for row in rows}
     good: dict[str, Trace] = {}
     for trace in sorted(traces, key=lambda t: t.id):
-        key = normalise_question(trace.question)
+        key = question_key(trace.question)
         if trace.id in pool and trace.verdict and trace.part == "forward" and key not in taken:
             good.setdefault(key, trace)
     questions = sorted(good, key=lambda key: content_hash("validation/1", key))[: source.rows]
     taken |= set(questions)
     chosen = set(questions)
-    groups = {trace.group_id for trace in traces if normalise_question(trace.question) in chosen}
+    groups = {trace.group_id for trace in traces if question_key(trace.question) in chosen}
     found = [dataclasses.replace(pool[good[key].id], id=f"{source.name}/{good[key].id}") for key in questions]
     lost = [Dropped(t.id, "held_out", f"less: of sub-task {source.name}") for t in traces if t.group_id in groups and t.id in pool]
     return found, lost

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dccot_jax.records import normalise_question
+from dccot_jax.questions import question_words
 from dccot_jax.select.candidates import Candidate, Selected, Setting, Step, Verdicts, by_value, text, with_values
 
 THRESHOLD = 0.7
@@ -19,8 +19,8 @@ BANDS, ROWS = 32, 4  # a pair of Jaccard similarity 0.7 is missed once in 6,600 
 def minhash(candidates: Sequence[Candidate], step: Step, setting: Setting) -> Selected:
     """Drop a group whose `text` (question, reasoning or target; default target) nearly repeats that of a kept one.
 
-    Nearly: Jaccard similarity of their sets of word `ngram`s (default 5) of at least `threshold` (default 0.7). MinHash finds
-    the pairs, their similarity is then computed exactly. Of duplicates the best by `signal` stays (see `prefer`), or
+    Nearly: Jaccard similarity of their sets of `ngram`s (default 5) of words and operators of at least `threshold` (default
+    0.7). MinHash finds the pairs, their similarity is then computed exactly. Of duplicates the best by `signal` stays (see `prefer`), or
     without one the first by id. Cost O(N) for few duplicates; memory 1 KiB and one set of n-grams per kept group.
     """
     name, size, threshold = step.get("text", "target"), step.get("ngram", NGRAM), step.get("threshold", THRESHOLD)
@@ -50,8 +50,8 @@ def minhash(candidates: Sequence[Candidate], step: Step, setting: Setting) -> Se
 
 
 def word_ngrams(string: str, size: int) -> np.ndarray:
-    """Sorted distinct 64-bit hashes of the word n-grams of the normalised text; a shorter text is one n-gram."""
-    words = normalise_question(string).split()
+    """Sorted distinct 64-bit hashes of the n-grams of a text's words and operators (`questions`); a shorter text is one n-gram."""
+    words = question_words(string)
     grams = {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
     hashes = [int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "little") for gram in grams]
     return np.unique(np.array(hashes, np.uint64))
