@@ -285,6 +285,29 @@ def test_limo_score_is_the_published_sum():
 
 
 @pytest.mark.parametrize(
+    "reasoning, words",
+    [
+        ("Проверим: дважды два — 4.", 4),
+        ("हिन्दी में दो और दो", 5),
+        ("كان معه ٣ أقلام", 4),
+        ("因为三加四等于七，所以答案是七。", 2),  # written without spaces: a word is what stands between punctuation
+        ("Café, cafe\u0301: don’t, don't CHECK", 5),
+        ("x_1 = 2", 3),
+    ],
+)
+def test_limo_counts_words_of_any_script(reasoning, words):
+    assert limo.features(reasoning)[0] == words
+    kept, dropped, _ = select(texts(with_text(reasoning=reasoning)), {"name": "limo", "rows": 1})
+    assert len(kept) == 1 and not dropped
+
+
+def test_limo_tells_no_words_from_no_rationale():
+    _, dropped, _ = select(texts(*(with_text(reasoning=r) for r in ("?!", " \n", "so"))), {"name": "limo", "rows": 3})
+    assert {d.id: d.reason for d in dropped} == {"g000": "no_words", "g001": "no_reasoning"}
+    assert next(d.detail for d in dropped if d.reason == "no_words") == "step 0 limo: no word or number in the rationale '?!'"
+
+
+@pytest.mark.parametrize(
     "step, message",
     [
         ({"name": "quantile", "signal": "nll", "low": 0.5, "high": 0.5}, "needs low < high"),
