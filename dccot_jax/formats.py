@@ -12,7 +12,8 @@ trace              every field of `records.Trace`
 =================  ====================================================================================================
 
 Files are JSON arrays, JSON lines or parquet, the first two also gzipped. One question and one reply per row; rows with more
-turns, missing fields or anything but text are counted as dropped, with their place.
+turns, missing fields, anything but text or text that is no Unicode (half of a surrogate pair) are counted as dropped, with
+their place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dccot_jax.formats_files import FormatError, Row, read_rows, write_rows
-from dccot_jax.formats_rows import READERS, Fields, RowError, detect, gold_text
+from dccot_jax.formats_rows import READERS, Fields, RowError, check_unicode, detect, gold_text
 from dccot_jax.records import TRACE_SCHEMA, Dropped, Trace
 
 __all__ = ["FORMATS", "FormatError", "Imported", "dataset_info", "export_traces", "import_records"]
@@ -73,6 +74,7 @@ def import_records(path: str | Path, format: str = "auto", *, name: str = "", sk
     records: list[Fields] = []
     for row in rows:
         try:
+            check_unicode(row.fields)
             parts = READERS[format](row.fields)
         except RowError as error:
             dropped.append(Dropped(row.place, error.reason, error.detail))

@@ -24,6 +24,7 @@ _ROLES = {
     "chatgpt": "assistant",
     "system": "system",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPTIONS = re.compile(r"\s*answer choices:\s*(?=A:)", re.IGNORECASE)
 
 Fields = dict[str, Any]
@@ -240,6 +241,23 @@ def _lettered(text: str, first: str, further: str) -> tuple[str, ...]:
         rest = after
     options.append(rest.strip())
     return tuple(options) if len(options) > 1 else ()
+
+
+def check_unicode(value: Any, name: str = "") -> None:
+    r"""Raises RowError ``not_unicode`` where a text, at any depth, holds half of a surrogate pair.
+
+    JSON can write one (``\ud800``), UTF-8 cannot: no hash, table or file could take the row.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and (found := _SURROGATE.search(value)):
+            raise RowError("not_unicode", f"{name}: lone surrogate \\u{ord(found[0]):04x} at character {found.start() + 1}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_unicode(key, "a field's name")
+            check_unicode(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            check_unicode(inner, name)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

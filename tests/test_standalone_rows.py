@@ -80,6 +80,25 @@ def test_rows_that_are_no_trace_have_a_reason_and_a_place(tmp_path):
     assert pq.read_table(tmp_path / "d.parquet")["source"].to_pylist() == ["t.jsonl:3", "t.jsonl:5", "t.jsonl:6"]
 
 
+@pytest.mark.parametrize("kind", ROW)
+def test_text_that_is_no_unicode_costs_its_row_alone(tmp_path, kind):
+    good = rows_of(kind, 3)
+    bad = [rows_of(kind, 1, note="a \ud800 b")[0], json.loads(json.dumps(good[0]).replace("answer is", "answer \\udfff"))]
+    bad += [rows_of(kind, 1, **{"\udc00": 1})[0], rows_of(kind, 1, deep=[{"x": ["\U0001f600", "\ude00"]}])[0]]
+    file = read_traces(write_lines(tmp_path / "t.jsonl", [bad[0], good[0], *bad[1:], *good[1:]]))
+    assert [file.places[t.id] for t in file.traces] == ["t.jsonl:2", "t.jsonl:6", "t.jsonl:7"]
+    assert [(d.id, d.reason) for d in file.dropped] == [(f"t.jsonl:{n}", "not_unicode") for n in (1, 3, 4, 5)]
+    assert file.dropped[0].detail == r"note: lone surrogate \ud800 at character 3"
+    assert file.dropped[-1].detail == r"deep.x: lone surrogate \ude00 at character 1"
+    write_dropped(file, file.dropped, tmp_path / "d.parquet")
+    assert write_kept(file, [t.id for t in file.traces], tmp_path / "kept.jsonl") == 3
+
+
+def test_a_whole_pair_is_text(tmp_path):
+    file = read_traces(write_lines(tmp_path / "t.jsonl", [r'{"prompt": "\ud83d\ude00?", "completion": "a"}']))
+    assert file.traces[0].question == "\U0001f600?" and not file.dropped
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -181,6 +181,13 @@ def test_replay_of_dccot_groups(tmp_path, monkeypatch):
     assert reasons == ["inconsistent"] * 3 + ["not_in_train_split"] * 3, "groups are refused whole"
 
 
+def test_replay_drops_text_that_is_no_unicode(tmp_path):
+    rows = [{"question": question(3, 4), "answer": text} for text in ("3+4=7. The answer is 7.", "seven \ud800. The answer is 7.")]
+    found = replay(ReplaySpec("old", (write(tmp_path / "r.jsonl", *rows),)), TOY, items("train"), split="train-x", data_dir=None)
+    assert [(d.id, d.reason) for d in found.dropped] == [("r.jsonl:2", "not_unicode")] and found.rows == 2
+    assert [trace.source for trace in found.traces] == ["r.jsonl:1"]
+
+
 def test_replay_of_exported_traces(tmp_path, monkeypatch):
     install(monkeypatch, FakeTeacher())
     artifact, _ = run_stage(stage, config(), tmp_path, "traces")
