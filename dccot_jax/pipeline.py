@@ -67,7 +67,7 @@ STAGES = {
     for stage in (
         Stage("student", "dccot_jax.data.student:run", 1, ("student", "seed"), "student_files"),
         Stage("traces", "dccot_jax.teachers.stage:run", 2, ("traces",), "trace_files"),
-        Stage("augment", "dccot_jax.augment.stage:run", 2, ("augment", "traces.task", "traces.seed"), "trace_files"),
+        Stage("augment", "dccot_jax.augment.stage:run", 3, ("augment", "traces.task", "traces.seed"), "trace_files"),
         Stage(
             "verify",
             "dccot_jax.select.verify:run",

@@ -138,6 +138,16 @@ def test_new_question_that_is_known_is_rejected(tmp_path, monkeypatch):
     assert not new and dropped == {"question:repeated": N}
 
 
+def test_new_questions_that_differ_by_an_operator_are_two(tmp_path, monkeypatch):
+    def reply(kind, text, index):
+        if kind == "new question":
+            return f"New question: Evaluate 8 {'-' if 'has 3' in text else '+'} 2."
+        return "The answer is 1." if "Evaluate" in text else None
+
+    new, _, dropped, _ = run(tmp_path, monkeypatch, ("question",), reply)
+    assert {row.question for row in new} == {"Evaluate 8 - 2.", "Evaluate 8 + 2."} and dropped == {"question:repeated": N - 2}
+
+
 def test_majority():
     def say(*answers):
         return [Response(f"The answer is {answer}.") if answer else Response("hm") for answer in answers]

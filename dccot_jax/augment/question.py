@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, question_fields
 from dccot_jax.formats_rows import split_options
-from dccot_jax.records import Request, Response, normalise_question
+from dccot_jax.questions import question_key
+from dccot_jax.records import Request, Response
 from dccot_jax.tasks.answers import equal, extract
 from dccot_jax.tasks.registry import build_prompt
 from dccot_jax.teachers.prompts import NEW, new_question_request, read_question
@@ -30,7 +31,7 @@ def new_questions(seeds: Sequence[Seed], settings: Settings, asker: Asker) -> Ou
         for seed in seeds
     ]
     replies = asker.ask([request for _, request in drafts], "new questions")
-    known = {normalise_question(seed.parent.question) for seed in seeds}
+    known = {question_key(seed.parent.question) for seed in seeds}
     jobs: list[tuple[Seed, Request, str, tuple[str, ...], list[Request]]] = []
     for (seed, draft), reply in zip(drafts, replies, strict=True):
         text = outcome.usable(seed, METHOD, 0, reply)
@@ -40,10 +41,10 @@ def new_questions(seeds: Sequence[Seed], settings: Settings, asker: Asker) -> Ou
         question, choices = split_options(written) if written and seed.parent.choices else (written, ())
         if not question or len(choices) != len(seed.parent.choices):
             outcome.reject(seed, METHOD, 0, "unreadable", text)
-        elif normalise_question(question) in known:
+        elif question_key(question) in known:
             outcome.reject(seed, METHOD, 0, "repeated", question)
         else:
-            known.add(normalise_question(question))
+            known.add(question_key(question))
             prompt = build_prompt(seed.task, question, choices)
             votes = [settings.request(prompt, f"{METHOD} vote", seed, index) for index in range(settings.votes)]
             jobs.append((seed, draft, question, choices, votes))

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, question_fields
-from dccot_jax.records import Request, normalise_question
+from dccot_jax.questions import question_key
+from dccot_jax.records import Request
 from dccot_jax.tasks.registry import build_prompt
 from dccot_jax.teachers.prompts import REPHRASED, read_question, rephrase_request
 from dccot_jax.teachers.rows import answered_trace, reply_fields
@@ -28,7 +29,7 @@ def rephrase_questions(seeds: Sequence[Seed], settings: Settings, asker: Asker) 
         for index in range(settings.rephrasings)
     ]
     replies = asker.ask([request for _, request in drafts], "rephrasings")
-    known = {seed.key: {normalise_question(seed.parent.question)} for seed in seeds}
+    known = {seed.key: {question_key(seed.parent.question)} for seed in seeds}
     jobs: list[tuple[Seed, Request, str, Request]] = []
     for (seed, request), reply in zip(drafts, replies, strict=True):
         index = request.sample_index
@@ -38,10 +39,10 @@ def rephrase_questions(seeds: Sequence[Seed], settings: Settings, asker: Asker) 
         question = read_question(text, REPHRASED)
         if question is None:
             outcome.reject(seed, METHOD, index, "unreadable", text)
-        elif normalise_question(question) in known[seed.key]:
+        elif question_key(question) in known[seed.key]:
             outcome.reject(seed, METHOD, index, "repeated", question)
         else:
-            known[seed.key].add(normalise_question(question))
+            known[seed.key].add(question_key(question))
             prompt = build_prompt(seed.task, question, seed.parent.choices)
             jobs.append((seed, request, question, settings.request(prompt, f"{METHOD} answer {index}", seed)))
     responses = asker.ask([request for *_, request in jobs], "answers to rephrasings")

@@ -21,7 +21,8 @@ from typing import Any
 
 from dccot_jax.augment.seeds import Asker, Outcome, Seed, Settings, question_fields
 from dccot_jax.formats_rows import split_options
-from dccot_jax.records import Request, Response, Trace, content_hash, make_trace, normalise_question
+from dccot_jax.questions import question_key
+from dccot_jax.records import Request, Response, Trace, content_hash, make_trace
 from dccot_jax.tasks.answers import extract
 from dccot_jax.tasks.base import Task
 from dccot_jax.tasks.registry import build_prompt
@@ -112,7 +113,7 @@ def _write_questions(drafts: list[_Draft], settings: Settings, asker: Asker, out
             continue
         draft.reply, draft.question = reply, question
         draft.stem, draft.choices = split_options(question)
-        if normalise_question(draft.stem) == normalise_question(draft.forward.question):
+        if question_key(draft.stem) == question_key(draft.forward.question):
             outcome.reject(draft.seed, METHOD, 0, "repeated", question)
         else:
             left.append(draft)
