@@ -66,7 +66,7 @@ STAGES = {
     stage.kind: stage
     for stage in (
         Stage("student", "dccot_jax.data.student:run", 1, ("student", "seed"), "student_files"),
-        Stage("traces", "dccot_jax.teachers.stage:run", 2, ("traces",), "trace_files"),
+        Stage("traces", "dccot_jax.teachers.stage:run", 3, ("traces",), "trace_files"),
         Stage("augment", "dccot_jax.augment.stage:run", 3, ("augment", "traces.task", "traces.seed"), "trace_files"),
         Stage(
             "verify",

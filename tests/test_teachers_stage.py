@@ -157,6 +157,14 @@ def test_replay_tells_items_with_other_options_apart(tmp_path, monkeypatch):
     assert [row.reason for row in found.dropped] == ["not_in_train_split"] * 2
 
 
+def test_replay_tells_items_with_other_signs_apart_and_still_joins_looser_rows(tmp_path):
+    pool = [make_item("toy", "train", f"What is (12 {sign} 4) + 1?", gold=gold) for sign, gold in (("+", "17"), ("-", "9"), ("*", "49"))]
+    asked = ("What is (12 - 4) + 1?", "what is (12*4)+1", "What is (12 + 4) + 1?", "What is 12 4 1", "What is 12 / 4 + 1")
+    rows = [{"instruction": text, "output": f"The answer is {number}."} for number, text in enumerate(asked)]
+    found = replay(ReplaySpec("old", (write(tmp_path / "r.jsonl", *rows),)), TOY, pool, split="train-x", data_dir=None)
+    assert [trace.gold_answer for trace in found.traces] == ["9", "49", "17", "17", "17"] and not found.dropped
+
+
 def test_replay_of_dccot_groups(tmp_path, monkeypatch):
     install(monkeypatch)
     row = {

@@ -1,7 +1,8 @@
 """Replay: traces that a teacher wrote earlier, read from files and joined to the task's training questions.
 
 Rows are joined on the normalised question (for multiple choice also on the options), never on their number: files of
-different teachers miss different rows. A row whose question is no training question is dropped, so a file of test
+different teachers miss different rows. Of questions that differ in signs alone ("3 + 4?", "3 - 4?") a row joins the one with its
+own signs, or without any such the first. A row whose question is no training question is dropped, so a file of test
 rationales cannot be trained on. A file made on another public split of the task is refused before any row is dropped.
 Gold answers, options and step counts come from the task.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dccot_jax.formats import FORMATS, Fields, import_records
+from dccot_jax.questions import question_key
 from dccot_jax.records import Dropped, Trace, content_hash, normalise_question
 from dccot_jax.tasks.answers import equal, extract
 from dccot_jax.tasks.base import Item, Task
@@ -129,9 +131,11 @@ class _Join:
     """Items by normalised question and options, and by the question alone where that is unambiguous."""
 
     def __init__(self, items: Iterable[Item]):
+        self._signed: dict[str, Item] = {}
         self._full: dict[str, Item] = {}
         self._stem: dict[str, Item | None] = {}
         for item in items:
+            self._signed.setdefault(question_key(item.question, item.choices), item)
             self._full.setdefault(_key(item.question, item.choices), item)
             stem = _key(item.question, ())
             self._stem[stem] = None if stem in self._stem and self._stem[stem] is not item else item
@@ -139,7 +143,7 @@ class _Join:
     def find(self, record: Fields) -> Item | None:
         question = _asked(record)
         choices = record.get("join_choices", record.get("choices", ()))
-        found = self._full.get(_key(question, choices))
+        found = self._signed.get(question_key(question, choices)) or self._full.get(_key(question, choices))
         # A row whose options we could not read still joins on its question, if no other item asks the same.
         return found if found is not None or choices else self._stem.get(_key(question, ()))
 
