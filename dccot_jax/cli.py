@@ -47,42 +47,15 @@ from rich.table import Table
 
 from dccot_jax import __version__, compile_cache, cpu_memory, processes
 from dccot_jax import config as config_lib
+from dccot_jax.command_flags import STANDALONE, UsageError, check_verb, define, flags_of
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
 from dccot_jax.records import InputError
 from dccot_jax.stopping import LOST_PEER, STOPPED, Stopped, StopRequest
 
 _FLAGS = flags.FlagValues()
-_STANDALONE = ("score", "select", "stability")
 _WORDS: list[str] = []  # of this command: what is neither a flag nor a flag's value
 _OVERRIDES: dict[str, str] = {}  # of a command without a config file: {dotted key: text}
-
-
-def _define_flags() -> None:
-    """(Re)define every flag: parsing a config file adds flags of its own, which must not outlive one command."""
-    for name in list(_FLAGS):
-        delattr(_FLAGS, name)
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
-    flags.DEFINE_string("workdir", None, "Where artifacts and the report go.", flag_values=_FLAGS)
-    flags.DEFINE_string("until", "", "Stop each arm after this stage.", flag_values=_FLAGS)
-    flags.DEFINE_string("only", "", "Run this stage alone.", flag_values=_FLAGS)
-    flags.DEFINE_string("checkpoint", None, "A train artifact, a Hugging Face directory, for eval also a .gguf file.", flag_values=_FLAGS)
-    flags.DEFINE_string("out", None, "Output directory or file.", flag_values=_FLAGS)
-    flags.DEFINE_string("format", None, "Format of exported traces.", flag_values=_FLAGS)
-    flags.DEFINE_string("stage", "select", "Export the traces that this stage left.", flag_values=_FLAGS)
-    flags.DEFINE_string("arm", "", "Export the traces of this arm, or arm/seed.", flag_values=_FLAGS)
-    flags.DEFINE_string("topology", None, "Machine to estimate for, by the cloud's name.", flag_values=_FLAGS)
-    flags.DEFINE_bool("json", False, "Print JSON.", flag_values=_FLAGS)
-    flags.DEFINE_bool("aot", None, "Ask the TPU compiler too; by default where libtpu is installed.", flag_values=_FLAGS)
-    flags.DEFINE_string("data_dir", "", "Local files of public tasks.", flag_values=_FLAGS)
-    flags.DEFINE_bool("distributed", False, "Join other processes; Slurm, TPU pods, Kubernetes and MPI are detected.", flag_values=_FLAGS)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the cluster is not detected.", flag_values=_FLAGS)
-    flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.", flag_values=_FLAGS)
-    flags.DEFINE_integer("process_id", -1, "Index of this process, with --coordinator.", flag_values=_FLAGS)
-
-
-class UsageError(InputError):
-    """A command line that cannot work."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -143,7 +116,7 @@ def console() -> None:
 
 
 def _help(verb: str) -> None:
-    if verb in _STANDALONE:
+    if verb in STANDALONE:
         from dccot_jax.standalone.help import help_text
 
         print(help_text(verb))
@@ -155,20 +128,20 @@ def _parse(verb: str, arguments: Sequence[str]) -> None:
     """Parse flags; turns every complaint into a UsageError of one line."""
     _WORDS.clear()
     _OVERRIDES.clear()
-    own: dict[str, tuple[str, ...]] = {"format": ("export-traces", *_STANDALONE), "stage": ("export-traces",), "arm": ("export-traces",)}
-    if verb in _STANDALONE:
+    check_verb(verb, arguments)
+    if verb in STANDALONE:
         from dccot_jax.standalone import request
 
         arguments, overrides = request.split_overrides(arguments)
         _OVERRIDES.update(overrides)
-        own |= dict.fromkeys(("config", "workdir", "until", "only", "checkpoint"), ()) | request.FLAG_VERBS
     for argument in arguments:
         path = argument.removeprefix("--config=").split(":")[0]
         if argument.startswith("--config=") and not Path(path).is_file():
             raise UsageError(f"--config={path}: no such file")
-    _define_flags()
-    if verb in _STANDALONE:
-        request.define_flags(_FLAGS)
+    for name in list(_FLAGS):  # parsing a config file adds flags of its own, which must not outlive one command
+        delattr(_FLAGS, name)
+    define(verb, _FLAGS)
+    config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
     before, sys.argv = sys.argv, ["dccot", *arguments]  # config_flags looks for overrides there
     try:
         left = _FLAGS(["dccot", *arguments])
@@ -180,13 +153,10 @@ def _parse(verb: str, arguments: Sequence[str]) -> None:
         raise UsageError(_explain(error, arguments)) from None
     finally:
         sys.argv = before
-    if verb in _STANDALONE:
+    if verb in STANDALONE:
         _WORDS.extend(left[1:])
     elif len(left) > 1:
         raise UsageError(f"unexpected argument {left[1]!r}")
-    for name, verbs in own.items():  # not to be taken for a choice of what runs
-        if _FLAGS[name].present and verb not in verbs:
-            raise UsageError(f"--{name} goes with {', '.join(verbs)}" if verbs else f"--{name} does not go with {verb}")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain and orbax read absl flags
 
@@ -422,9 +392,9 @@ def _standalone(verb: str) -> Callable[[Console], int]:
     """The handler of a command that works on a file of traces."""
 
     def handle(console: Console) -> int:
-        from dccot_jax.standalone import command, request
+        from dccot_jax.standalone import command
 
-        given = {name: _FLAGS[name].value for name in (*request.FLAGS, "out", "format", "data_dir")}
+        given = {flag.name: _FLAGS[flag.name].value for flag in flags_of(verb) if flag.name in _FLAGS}
         asked = command.parse(verb, given, _WORDS, _OVERRIDES)
         with _started(asked.workdir, _FLAGS.data_dir) as ctx, _locked(asked.workdir, ctx):
             command.run(asked, ctx)

@@ -3,12 +3,13 @@
 # What the launchers share: arguments, checks, quoting. Sourced, not run.
 #
 # A launcher sets USAGE and the associative arrays OPTIONS (name to default) and SWITCHES (name to nothing), then calls
-# `parse "$@"`. That fills both, CONFIG, WORKDIR, OVERRIDES (passed on to dccot), EXTRA (what stood after --), VERB and DRY_RUN.
+# `parse "$@"`. That fills both, CONFIG, WORKDIR, OVERRIDES (passed on to dccot), STAGES
+# (to dccot run alone), EXTRA (what stood after --), VERB and DRY_RUN.
 
 PROGRAM=launch/$(basename -- "$0")
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 CONFIG='' WORKDIR='' DRY_RUN='' VERB=run
-OVERRIDES=() EXTRA=()
+OVERRIDES=() STAGES=() EXTRA=()
 
 # Print one line and leave: an input that cannot work.
 fail() {
@@ -71,7 +72,7 @@ set_option() {
   case $1 in
     --config) CONFIG=$2 ;;
     --workdir) WORKDIR=$2 ;;
-    --until | --only) OVERRIDES+=("$1=$2") ;;
+    --until | --only) STAGES+=("$1=$2") ;;
     *)
       is_one_of "$1" OPTIONS || fail "unknown option $(quote "$1"); see $PROGRAM --help"
       OPTIONS[${1#--}]=$2
@@ -179,6 +180,7 @@ kubernetes_escaped() {
 # The words that follow `dccot run` (or doctor) on every host, into the array WORDS.
 dccot_words() {
   WORDS=("$VERB" "$@" "--config=$CONFIG" "--workdir=$WORKDIR" "${OVERRIDES[@]}")
+  [[ $VERB != run ]] || WORDS+=("${STAGES[@]}")
 }
 
 # run WORD...: run the command, or print it in a dry run.

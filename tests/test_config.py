@@ -103,6 +103,27 @@ def test_command_line_complains_in_one_line(arguments, words, capsys):
         assert word in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["run", f"--config={QUICKSTART}", "--data_dir=/nope"],
+            "goes with tasks, score, select, stability, not with run; write --config.data_dir",
+        ),
+        (["validate", f"--config={QUICKSTART}", "--topology", "foo"], "--topology goes with estimate, not with validate"),
+        (["validate", f"--config={QUICKSTART}", "--noaot"], "--noaot goes with estimate, not with validate"),
+        (["tasks", "--config.train.steps=3"], "--config.KEY goes with run, eval, validate"),
+        (["report", "--workdir=w", "--config=no.py"], "--config goes with run, eval, validate, doctor, estimate, not with report"),
+        (["score", "t.jsonl", "--seed=1"], "--seed goes with select, stability, not with score"),
+        (["tasks", "--wordir=x"], "wordir"),
+    ],
+)
+def test_a_flag_of_other_commands_is_refused(words, said, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and len(error.splitlines()) == 1
+
+
 def test_config_file_errors_name_file_and_line(tmp_path, capsys):
     missing = tmp_path / "no.py"
     assert main(["validate", f"--config={missing}"]) == 2

@@ -91,8 +91,10 @@ def test_dry_run_needs_no_tools(script, tools):
     assert (done.returncode, done.stderr) == (0, "")
     for fact in (TOOLS[script], f"--config={CONFIG}", "--workdir=gs://bucket/run", "--config.train.steps=7"):
         assert fact in done.stdout
-    again = launch(script, tools, *NEEDED[script], "--config", CONFIG, "--workdir", "gs://bucket/run", "--doctor", "--dry-run")
-    assert "doctor" in again.stdout and not re.search(r"dccot(\" )?\s+run", again.stdout)
+    again = launch(
+        script, tools, *NEEDED[script], "--config", CONFIG, "--workdir", "gs://bucket/run", "--doctor", "--dry-run", "--until=select"
+    )
+    assert "doctor" in again.stdout and "--until" not in again.stdout and not re.search(r"dccot(\" )?\s+run", again.stdout)
 
 
 def test_facts_of_the_dry_runs(tools):

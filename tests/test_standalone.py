@@ -432,7 +432,7 @@ def test_comparison_counts_lost_rows_and_vectors():
         (["score", "T", "--out=s.parquet", "--format=mesages"], "--format=mesages: must be one of auto, trace"),
         (["score", "T", "--out=s.parquet", "--student=S", "--signals=nll", "--format=eit"], "missing_field instruction"),
         (["score", "T", "--out=s.parquet", "--scores=x"], "--scores goes with select, stability"),
-        (["score", "T", "--out=s.parquet", "--workdir=x"], "--workdir does not go with score"),
+        (["score", "T", "--out=s.parquet", "--workdir=x"], "--workdir goes with run, eval, report, export-traces, doctor, not with score"),
         (["select", "T", "--out=k.jsonl"], "--recipe is needed"),
         (["select", "T", "--out=k.jsonl", '--recipe=["tpo"]'], "--recipe[0].name: 'tpo' is not one of"),
         (["select", "T", "--out=k.jsonl", '--recipe=["none"]', "--scores=no.parquet"], "--scores: 'no.parquet': no such file"),

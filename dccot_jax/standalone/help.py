@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dccot_jax import config as config_lib
-from dccot_jax.formats import FORMATS
+from dccot_jax.command_flags import flag_lines
 from dccot_jax.select import selectors
 from dccot_jax.select.signals import signal_names
-from dccot_jax.standalone.request import FLAGS, in_flags
+from dccot_jax.standalone.request import in_flags
 
 _USAGE = {
     "score": """dccot score TRACES --student=DIR --signals=nll,ifd_loss --out=scores.parquet
@@ -30,13 +30,7 @@ the recipe reads and the overlap of the kept sets. The first value of each is th
 
 def help_text(verb: str) -> str:
     """Usage, flags and, from the registries, the signals or the selectors there are."""
-    flags = [f"  --{name:<13}{text}" for name, (text, verbs) in FLAGS.items() if verb in verbs]
-    flags += [
-        f"  --{'format':<13}auto, {', '.join(FORMATS)}.",
-        f"  --{'data_dir':<13}Local files of public tasks, for selectors that resemble one.",
-        "  --config.KEY=VALUE changes any other key that the stages read.",
-    ]
-    parts = [_USAGE[verb], "Flags:\n" + "\n".join(flags)]
+    parts = [_USAGE[verb], f"Flags:\n{flag_lines(verb)}"]
     if verb != "select":
         defaults = config_lib.resolved_text(config_lib.ConfigDict({"config": {"score": config_lib.default_config().score}}))
         parts += [f"Signals: {', '.join(signal_names())}.", "Options of scoring, with their defaults:\n" + _indented(defaults)]

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from dccot_jax import config as config_lib
+from dccot_jax.command_flags import FLAGS, verbs_of
 from dccot_jax.config import DTYPES
 from dccot_jax.formats import FORMATS
 from dccot_jax.records import ANSWER_TYPES, InputError
@@ -27,33 +27,7 @@ from dccot_jax.select.selectors import required_signals
 from dccot_jax.select.signals import split_signals
 from dccot_jax.standalone.recipe import Recipe, read_recipe
 
-VERBS = ("score", "select", "stability")
-# Flag -> the config key it stands for.
-KEYS = {
-    "student": "student.path",
-    "signals": "score.signals",
-    "scores": "select.tables",
-    "recipe": "select.steps",
-    "seed": "seed",
-    "dtype": "compute_dtype",
-    "batch_size": "score.batch_tiles",
-    "max_length": "tokens.max_length",
-    "data_dir": "data_dir",
-}
-# Flags of these commands alone, beside --out, --format and --data_dir: what they are, and which commands take them.
-FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "student": ("Hugging Face directory of the student.", VERBS),
-    "signals": ("Signals to score, with commas.", ("score", "stability")),
-    "scores": ("Parquet files of scores, with commas.", ("select", "stability")),
-    "recipe": ("Selectors: JSON, a .json file or a config file.", VERBS),
-    "dtype": ("float32 or bfloat16.", ("score", "stability")),
-    "batch_size": ("Tiles in flight; changes speed and memory, no score.", ("score", "stability")),
-    "max_length": ("Longest row in tokens; default: the student's positions.", VERBS),
-    "gold_field": ("Column of the right answers.", VERBS),
-    "answer_type": (f"Type of the right answers: {', '.join(ANSWER_TYPES)}.", VERBS),
-    "seed": ("Root seed.", VERBS),
-}
-FLAG_VERBS = {name: verbs for name, (_, verbs) in FLAGS.items()}
+KEYS = {flag.name: flag.key for flag in FLAGS if flag.key}  # flag -> the config key it stands for
 _ADD = re.compile(r"add (it|one) to config\.score\.signals")
 _ENDING = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 _DEFAULTS = {"dtype": "float32", "batch_size": "4", "seed": "0"}
@@ -104,11 +78,6 @@ class Request:
         return self.out.with_name(f"{_ENDING.sub('', self.out.name)}.{name}")
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    for name, (text, _) in FLAGS.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
-
-
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(arguments without them, {dotted key: text}) of ``--config.KEY=VALUE`` arguments."""
     found = dict(a[len("--config.") :].split("=", 1) for a in arguments if a.startswith("--config.") and "=" in a)
@@ -157,16 +126,12 @@ def make_request(verb: str, given: Mapping[str, str | None], files: Sequence[str
 
 def in_flags(text: str, verb: str) -> str:
     """A message about config keys in the words of the flags of `verb` that stand for them."""
-    if not _takes(verb, "signals"):
+    if verb not in verbs_of("signals"):
         text = _ADD.sub(r"score \1 with `dccot score --signals=…` and pass --scores=FILE", text)
     for flag, key in KEYS.items():
-        if _takes(verb, flag):
+        if verb in verbs_of(flag):
             text = text.replace(f"config.{key}", f"--{flag}")
     return text
-
-
-def _takes(verb: str, flag: str) -> bool:
-    return verb in FLAG_VERBS.get(flag, VERBS)
 
 
 def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tuple[Any, ...]], overrides: Mapping[str, str]) -> ConfigDict:
@@ -192,8 +157,8 @@ def _config(verb: str, given: Mapping[str, str | None], spread: Mapping[str, tup
     for key, text in overrides.items():
         if key in KEYS.values():
             flag = next(flag for flag, own in KEYS.items() if own == key)
-            if not _takes(verb, flag):
-                raise InputError(f"--config.{key}={text}: does not go with {verb}; --{flag} goes with {', '.join(FLAG_VERBS[flag])}")
+            if verb not in verbs_of(flag):
+                raise InputError(f"--config.{key}={text}: does not go with {verb}; --{flag} goes with {', '.join(verbs_of(flag))}")
             raise InputError(f"{key!r} has a flag of its own: write --{flag}={text}")
         config = config_lib.override(config, {key: _literal(text)})
     if verb != "select":
