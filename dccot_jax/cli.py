@@ -47,11 +47,11 @@ from rich.table import Table
 
 from dccot_jax import __version__, compile_cache, cpu_memory, processes
 from dccot_jax import config as config_lib
-from dccot_jax.command_flags import STANDALONE, UsageError, check_verb, define, flags_of
+from dccot_jax.command_errors import explain_end, one_line
+from dccot_jax.command_flags import PATHS, STANDALONE, UsageError, check_verb, define, flags_of
 from dccot_jax.config import ConfigError
 from dccot_jax.context import Context
-from dccot_jax.records import InputError
-from dccot_jax.stopping import LOST_PEER, STOPPED, Stopped, StopRequest
+from dccot_jax.stopping import StopRequest
 
 _FLAGS = flags.FlagValues()
 _WORDS: list[str] = []  # of this command: what is neither a flag nor a flag's value
@@ -77,37 +77,12 @@ def main(argv: Sequence[str]) -> int:
         _parse(verb, rest)
         code = VERBS[verb](console)
     except Exception as error:
-        code = _explain_end(error, verb, console)
+        code = explain_end(error, verb, _given_paths(), console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to go on")
         code = 130
     processes.leave(code)
     return code
-
-
-def _explain_end(error: Exception, verb: str, console: Console) -> int:
-    """Exit code of a command that raised; one line where the reason is known, else the error itself."""
-    from dccot_jax.artifact import DISK_FULL
-
-    if isinstance(error, Stopped):
-        console.print(f"dccot {verb}: stopped ({error}); run the same command again to go on", markup=False, soft_wrap=True)
-        return STOPPED
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        error = InputError(f"{error.filename or 'a write'}: {error.strerror}; make room and run the same command again to go on")
-    elif isinstance(error, InputError):
-        pass
-    elif processes.is_lost_peer(error):
-        reason = _one_line(error)[:200]
-        text = f"another process of the run is gone ({reason}); the same command on every process goes on where the run stopped"
-        console.print(f"dccot {verb}: {text}", style="bold red", markup=False, soft_wrap=True)
-        return LOST_PEER
-    elif processes.joined():  # the traceback here: `leave` will not return
-        traceback.print_exception(error)
-        return 1
-    else:
-        raise error
-    console.print(f"dccot {verb}: {error}", style="bold red", markup=False, soft_wrap=True)
-    return 2
 
 
 def console() -> None:
@@ -122,6 +97,11 @@ def _help(verb: str) -> None:
         print(help_text(verb))
     else:
         print(__doc__)
+
+
+def _given_paths() -> dict[str, str]:
+    """{how it was given: path} of what the command line names."""
+    return {f"--{name}=": str(_FLAGS[name].value) for name in PATHS if name in _FLAGS and _FLAGS[name].value}
 
 
 def _parse(verb: str, arguments: Sequence[str]) -> None:
@@ -146,7 +126,7 @@ def _parse(verb: str, arguments: Sequence[str]) -> None:
     try:
         left = _FLAGS(["dccot", *arguments])
     except flags.Error as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(one_line(error)) from None
     except SyntaxError as error:
         raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -176,16 +156,11 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.name == "get_config":
             where = f"{frame.filename}, line {frame.lineno}: "
-    missing = re.search(r'Key "(\w+)" does not exist', _one_line(error))
-    nearest = re.search(r'Did you mean "([\w.]+)"', _one_line(error))
+    missing = re.search(r'Key "(\w+)" does not exist', one_line(error))
+    nearest = re.search(r'Did you mean "([\w.]+)"', one_line(error))
     if missing:
         return f"{where}no such config key {missing[1]!r}" + (f"; did you mean {nearest[1]!r}?" if nearest else "")
-    return where + _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    return " ".join(text.split())
+    return where + one_line(error)
 
 
 def _config() -> config_lib.ConfigDict:
@@ -222,7 +197,7 @@ def _join_processes() -> None:
     except ValueError as error:  # JAX's way to say that it recognises no cluster here
         if _FLAGS.coordinator:
             raise
-        raise UsageError(f"--distributed: no cluster detected ({_one_line(error)}); give --coordinator=HOST:PORT") from None
+        raise UsageError(f"--distributed: no cluster detected ({one_line(error)}); give --coordinator=HOST:PORT") from None
 
 
 @contextlib.contextmanager
@@ -294,8 +269,8 @@ def _export(console: Console) -> int:
     if not _FLAGS.checkpoint or not _FLAGS.out:
         raise UsageError("--checkpoint=DIR and --out=DIR are needed")
     out = Path(_FLAGS.out).expanduser()
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"--out={out}: not empty; name another directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out={out}: {'not empty' if out.is_dir() else 'exists and is not a directory'}; name another directory")
     _join_processes()  # a barrier: no process writes before all have looked
     import jax
 

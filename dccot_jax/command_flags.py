@@ -14,6 +14,7 @@ from dccot_jax.records import ANSWER_TYPES, InputError
 STANDALONE = ("score", "select", "stability")  # of a file of traces, without a config file
 _CONFIGURED = ("run", "eval", "validate", "doctor", "estimate")
 _JOINING = ("run", "eval", "export", "doctor", *STANDALONE)
+PATHS = ("workdir", "out", "checkpoint", "student", "data_dir")  # flags whose value is one path
 _HELP_WIDTH = 128
 
 

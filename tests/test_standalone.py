@@ -455,12 +455,21 @@ def test_comparison_counts_lost_rows_and_vectors():
         (["select", "T", "--out=k.csv", "--scores=P", '--recipe=["none"]'], "cannot tell what to write; use .jsonl"),
         (["select", "T", "--out=T", '--recipe=["none"]'], "is the file of traces itself"),
         (["run", "T"], "unexpected argument"),
+        (
+            ["score", "T", "--out=/proc/s.parquet", "--student=S", "--signals=nll"],
+            "--out=/proc/s.parquet: No such file or directory (/proc/s",
+        ),
+        (["score", "T", "--out=T/s.parquet", "--student=S", "--signals=nll"], "s.parquet: Not a directory"),
+        (["select", "T", "--out=/proc/x/k.jsonl", "--student=S", '--recipe=["none"]'], "--out=/proc/x/k.jsonl: No such file or directory"),
+        (["stability", "T", "--out=/proc/x/k.json", "--student=S", '--recipe=["none"]'], "--out=/proc/x/k.json: No such file or directory"),
+        (["export", "--checkpoint=x", f"--out={__file__}"], "exists and is not a directory"),
         (["report", "--format=eit"], "--format goes with export-traces, score, select, stability"),
     ],
 )
 def test_what_cannot_work_is_one_line(scored, student, tmp_path, monkeypatch, call, words, message):
     monkeypatch.chdir(tmp_path)
     place = {"T": scored / "traces.jsonl", "--student=S": f"--student={student}", "--scores=P": f"--scores={scored / 'scores.parquet'}"}
+    place["--out=T/s.parquet"] = f"--out={scored / 'traces.jsonl' / 's.parquet'}"
     place["--out=T"] = f"--out={scored / 'traces.jsonl'}"
     code, _, said = call(*(place.get(word, word) for word in words))
     assert code == 2 and message in said.splitlines()[-1]

@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tiny import tiny_config
 
 from dccot_jax import cli, pipeline, processes
 from dccot_jax.artifact import ArtifactError, ArtifactWriter, write_atomic
+from dccot_jax.command_errors import path_problem
 from dccot_jax.context import Context
 from dccot_jax.stopping import LOST_PEER, STOPPED, Stopped, StopRequest
 from dccot_jax.teachers.cache import RequestCache
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_first_signal_asks_and_the_second_interrupts():
@@ -66,6 +70,36 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, error, code, line):
     assert cli.main(["run"]) == code
     printed = capsys.readouterr().err
     assert line in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("file", "--workdir={}: exists and is not a directory"),
+        ("file/x", "--workdir={}: Not a directory"),
+        ("/proc/foo", "--workdir=/proc/foo: No such file or directory"),
+    ],
+)
+def test_a_workdir_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, given, said):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / given
+
+    def run(_config, ctx, **_):
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert cli.main(["run", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={workdir}"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert said.format(workdir) in printed and len(printed.splitlines()) == 1
+
+
+def test_an_error_inside_the_workdir_is_not_hidden(tmp_path):
+    paths = {"--workdir=": str(tmp_path)}
+    inside = str(tmp_path / "artifacts" / "x.json")
+    assert path_problem(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), inside), paths) == ""
+    assert path_problem(PermissionError(errno.EACCES, os.strerror(errno.EACCES), inside), paths).endswith(f"Permission denied ({inside})")
+    assert path_problem(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/etc/shadow"), paths) == ""
+    assert path_problem(OSError("no file named"), paths) == ""
 
 
 def test_sigterm_during_a_command_ends_it_with_75(tmp_path, monkeypatch, capsys):
