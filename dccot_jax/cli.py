@@ -245,9 +245,10 @@ def _run(console: Console) -> int:
 
 def _report(console: Console) -> int:
     from dccot_jax import pipeline
+    from dccot_jax.run_record import load_runs
 
     workdir = _workdir()
-    config, runs = pipeline.load_runs(workdir)
+    config, runs = load_runs(workdir)
     pipeline.report(config, runs, Context(workdir=workdir), force=True)
     return 0
 

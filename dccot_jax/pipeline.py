@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from dccot_jax.external import EXTERNAL
 from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.preflight import check
 from dccot_jax.records import content_hash
+from dccot_jax.run_record import INDEX, read_index, shows_evaluations, write_config_text, write_record
 from dccot_jax.select.settings import sections_read, snapshots_needed
 
 
@@ -230,19 +230,21 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
         if value and value not in (*ORDER, REPORT) and value.split(":")[0] not in ORDER:
             raise ConfigError(f"{name}={value}: no such stage; stages are {', '.join((*ORDER, REPORT))}")
     if ctx.is_main:
-        _write_config(config, ctx)
+        write_config_text(ctx.workdir, config)
     store = Store(ctx.workdir / "artifacts")
     runs: list[ArmRun] = []
     made: set[str] = set()
     reused: set[str] = set()
+    there: dict[str, None] = {}  # what --only may name, in order
     for arm, seed, arm_config, base in _arm_seeds(config):
         nodes = graph(arm_config, base=base)
         done: dict[str, Artifact] = {}
         label = f"{arm}/{seed}"
         last = _last_node(nodes, until)
+        there |= dict.fromkeys([*nodes, *(node.stage.kind for node in nodes.values())])
         for node in nodes.values():
             if only and only not in (node.name, node.stage.kind):
-                found = _peek(store, node, done, ctx)
+                found = _peek(store, node, done)
                 if found is not None:
                     done[node.name] = found
                 continue
@@ -252,8 +254,10 @@ def run(config: ConfigDict, ctx: Context, *, until: str = "", only: str = "") ->
             if node.name == last:
                 break
         runs += _as_runs(arm, seed, arm_config, done)
-    if ctx.is_main:
-        _write_index(ctx.workdir, runs)
+    if only not in ("", REPORT, *there):
+        raise ConfigError(f"--only={only}: no arm of this config has this stage; they have {', '.join(there)}")
+    if ctx.is_main and not write_record(ctx.workdir, config, runs):
+        ctx.log(f"Not finished: {ctx.workdir / INDEX}, and so dccot report and export-traces, stay with the finished run before.")
     if made or only:
         ctx.log(f"{len(made)} artifacts made, {len(reused - made)} reused.")
     else:
@@ -282,9 +286,14 @@ def make(config: ConfigDict, target: str, ctx: Context, given: Mapping[str, Arti
 
 
 def report(config: ConfigDict, runs: Sequence[ArmRun], ctx: Context, *, force: bool = False) -> None:
-    """Write `workdir/report` from finished artifacts (process 0), unless it was written from the same ones; `force` writes it again."""
+    """Write `workdir/report` from finished artifacts (process 0), unless it was written from the same ones; `force` writes it again.
+
+    Raises ConfigError if that would put a report without evaluations in the place of one that has some.
+    """
     if ctx.is_main:
         folder = epath.Path(ctx.workdir) / "report"
+        if not any("evaluate" in run.artifacts for run in runs) and shows_evaluations(folder):
+            raise ConfigError(f"nothing to report: no evaluation has been made; the report in {folder} stays as it is")
         artifacts = [[run.arm, run.seed, {name: item.identity for name, item in run.artifacts.items()}] for run in runs]
         made_from = content_hash(REPORT_VERSION, config_lib.to_plain(config), artifacts)
         stamp = folder / "made_from"
@@ -305,34 +314,13 @@ def _last_node(nodes: Mapping[str, Node], until: str) -> str:
     return [name for name in nodes if name in ORDER and ORDER.index(name) <= rank][-1]
 
 
-def load_runs(workdir: epath.Path) -> tuple[ConfigDict, list[ArmRun]]:
-    """The config and runs a workdir holds. Raises ConfigError if it holds none."""
-    index = workdir / "runs.json"
-    if not index.exists():
-        raise ConfigError(f"--workdir={workdir}: no runs.json there; run `dccot run --workdir={workdir}` first")
-    entries = json.loads(index.read_text())
-    plain = json.loads((workdir / "config.json").read_text())
-    config = config_lib.default_config()
-    for key, value in plain.items():
-        flat = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        config = config_lib.override(config, {name: item for name, item in flat.items() if not isinstance(item, dict) or item})
-    runs = [
-        ArmRun(
-            entry["arm"], entry["seed"], entry["config"], {name: open_artifact(workdir / path) for name, path in entry["artifacts"].items()}
-        )
-        for entry in entries
-    ]
-    return config, runs
-
-
 def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: Context) -> list[ArmRun]:
     """Evaluate a train artifact, a Hugging Face directory or a GGUF file under a config's protocol; the workdir gets a report of it.
 
     Raises ConfigError if the path is neither, or the workdir holds a run already.
     """
     check(config)
-    previous = ctx.workdir / "runs.json"
-    if previous.exists() and any(set(entry["artifacts"]) - {"student", "train", "evaluate"} for entry in json.loads(previous.read_text())):
+    if (ctx.workdir / INDEX).exists() and any(set(run["artifacts"]) - {"student", "train", "evaluate"} for run in read_index(ctx.workdir)):
         raise ConfigError(f"--workdir={ctx.workdir}: holds a run; name another directory for this evaluation")
     store = Store(ctx.workdir / "artifacts")
     if (checkpoint / "manifest.json").exists():
@@ -353,16 +341,10 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: 
     config = config_lib.override(config, {"arms": (), "report.compare": ()})
     runs = [ArmRun(checkpoint.name, config.seed, config_lib.to_plain(config), {role: source, "evaluate": artifact})]
     if ctx.is_main:
-        _write_config(config, ctx)
-        _write_index(ctx.workdir, runs)
+        write_config_text(ctx.workdir, config)
+        write_record(ctx.workdir, config, runs)
     report(config, runs, ctx)
     return runs
-
-
-def _write_config(config: ConfigDict, ctx: Context) -> None:
-    """The resolved config, for people (sorted lines) and for `load_runs`."""
-    write_atomic(ctx.workdir / "config.txt", config_lib.resolved_text(config).encode())
-    write_atomic(ctx.workdir / "config.json", (json.dumps(config_lib.to_plain(config), indent=1, sort_keys=True) + "\n").encode())
 
 
 def _arm_seeds(config: ConfigDict) -> Iterator[tuple[str, int, ConfigDict, bool]]:
@@ -380,24 +362,6 @@ def _as_runs(arm: str, seed: int, config: ConfigDict, done: dict[str, Artifact])
     if "evaluate:base" in done:
         runs.insert(0, ArmRun("base", seed, plain, {"student": done["student"], "evaluate": done["evaluate:base"]}))
     return runs
-
-
-def _write_index(workdir: epath.Path | Path, runs: Sequence[ArmRun]) -> None:
-    entries = [
-        {
-            "arm": run.arm,
-            "seed": run.seed,
-            "config": run.config,
-            "artifacts": {name: _place(artifact, workdir) for name, artifact in run.artifacts.items()},
-        }
-        for run in runs
-    ]
-    write_atomic(workdir / "runs.json", (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _place(artifact: Artifact, workdir: epath.Path | Path) -> str:
-    """Path of an artifact as the index keeps it: relative inside the workdir, whole outside."""
-    return str(artifact.path.relative_to(workdir) if artifact.path.is_relative_to(workdir) else artifact.path)
 
 
 def _inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, Artifact]:
@@ -420,13 +384,12 @@ def _identity(node: Node, inputs: Mapping[str, Artifact]) -> tuple[str, dict[str
     return artifact_identity(node.stage.kind, node.stage.version, semantic, hashes), semantic, hashes
 
 
-def _peek(store: Store, node: Node, done: Mapping[str, Artifact], ctx: Context) -> Artifact | None:
+def _peek(store: Store, node: Node, done: Mapping[str, Artifact]) -> Artifact | None:
     """The finished artifact of a node, or None; makes nothing."""
     try:
         identity, _, _ = _identity(node, _inputs(node, done))
         return store.find(node.name, identity)
-    except (ConfigError, ArtifactError) as error:
-        ctx.log(f"  {node.name}: {error}")
+    except (ConfigError, ArtifactError):  # said by the stage that is asked for, if it needs this one
         return None
 
 

@@ -14,8 +14,8 @@ from etils import epath
 from dccot_jax.artifact import ArmRun
 from dccot_jax.data.tokenize import training_prompt
 from dccot_jax.formats import export_traces
-from dccot_jax.pipeline import load_runs
 from dccot_jax.records import InputError, Trace, table_to_traces
+from dccot_jax.run_record import load_runs
 
 STAGES = ("traces", "augment", "verify", "select")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -119,6 +120,45 @@ def test_until_and_only(tmp_path):
         pipeline.run(tiny_config(evaluate__base=False), _context(tmp_path), only="train")
     with pytest.raises(ConfigError, match="no such stage"):
         pipeline.run(tiny_config(), _context(tmp_path), until="trian")
+
+
+def test_only_the_stage_asked_for_complains(tmp_path):
+    config = tiny_config(evaluate__base=False)
+    pipeline.run(config, _context(tmp_path), until="verify")
+    ctx = _context(tmp_path)
+    pipeline.run(config, ctx, only="tokenize")
+    assert "train" not in _output(ctx) and "has not been made" not in _output(ctx)
+    with pytest.raises(ConfigError, match="augment: no arm of this config has this stage; they have student, traces, verify"):
+        pipeline.run(config, ctx, only="augment")
+
+
+def test_an_unfinished_run_does_not_replace_a_finished_record(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = {name: (workdir / name).read_bytes() for name in ("runs.json", "config.json", "report/results.json", "report/report.html")}
+
+    def unchanged(*names: str) -> bool:
+        return all((workdir / name).read_bytes() == before[name] for name in names)
+
+    ctx = _context(workdir)
+    pipeline.run(tiny_config(train__steps=3), ctx, until="student")
+    assert "Not finished" in _output(ctx) and unchanged(*before)
+
+    (workdir / "runs.json").unlink()
+    pipeline.run(tiny_config(train__steps=3), _context(workdir), until="student")
+    capsys.readouterr()
+    assert main(["report", f"--workdir={workdir}"]) == 2
+    assert "nothing to report" in capsys.readouterr().err
+    assert unchanged("report/results.json", "report/report.html")
+
+
+@pytest.mark.parametrize("text", ['[{"arm": "ti', "{}", "[1]", b"\xff\xfe"])
+def test_a_damaged_record_is_one_line_that_names_it(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "runs.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"{tmp_path}/runs.json: damaged" in said and len(said.splitlines()) == 1
 
 
 def test_damaged_artifact_is_reported_and_made_again(finished, tmp_path):

@@ -11,8 +11,8 @@ from dccot_jax import pipeline
 from dccot_jax.cli import main
 from dccot_jax.context import Context
 from dccot_jax.formats import import_records
-from dccot_jax.pipeline import load_runs
 from dccot_jax.records import table_to_traces
+from dccot_jax.run_record import load_runs
 from dccot_jax.tasks.registry import build_prompt, get_task
 
 NOISY = ({"kind": "scripted", "style": "noisy"},)
