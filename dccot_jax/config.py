@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dccot_jax import config_checks
 from dccot_jax.records import InputError, canonical_json
 
 AUGMENT_METHODS = ("rephrase", "question", "answer", "reverse")
@@ -302,6 +303,8 @@ def validate(config: ConfigDict) -> None:
     """Check a config before any work. Raises ConfigError at the first field that cannot work."""
     for key in _flat_keys(default_config()):
         lookup(config, key)
+    if found := config_checks.problem(dict(flatten("", config))):
+        raise ConfigError(found)
     _one_of(config, "compute_dtype", DTYPES)
     _one_of(config, "attention", ATTENTION)
     _one_of(config, "verify.against", ("registered", "evaluated"))
@@ -324,33 +327,6 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.augment.methods: {method!r} is not one of {', '.join(AUGMENT_METHODS)}{nearest(method, AUGMENT_METHODS)}"
             )
-    for key in (
-        "train.rows_per_step",
-        "train.row_tokens",
-        "train.microbatches",
-        "tokens.max_length",
-        "score.chunk_rows",
-        "evaluate.max_new_tokens",
-        "evaluate.batch_rows",
-        "train.log_every",
-        "train.checkpoint_every",
-        "traces.samples",
-        "score.warmup.steps",
-        "score.gradients.checkpoints",
-    ):
-        if lookup(config, key) < 1:
-            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 1")
-    for key in ("train.keep_best", "train.max_skipped", "train.step_deadline_seconds"):
-        if lookup(config, key) < 0:
-            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0")
-    for key in ("evaluate.limit", "traces.questions", "mix.total_examples", "mix.total_tokens"):
-        if lookup(config, key) < 0:
-            raise ConfigError(f"config.{key}: {lookup(config, key)} must be at least 0 (0: all)")
-    for size in config.verify.ngram_sizes:
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"config.verify.ngram_sizes: {size!r} must be a whole number of at least 1")
-    if not 0.0 <= config.verify.ngram_drop_share <= 1.0:
-        raise ConfigError(f"config.verify.ngram_drop_share: {config.verify.ngram_drop_share} must lie in [0, 1] (0: drop none)")
     if config.verify.ngram_drop_share and config.verify.ngram_drop_size not in config.verify.ngram_sizes:
         sizes = ", ".join(map(str, config.verify.ngram_sizes)) or "none"
         raise ConfigError(f"config.verify.ngram_drop_size: {config.verify.ngram_drop_size} is not in verify.ngram_sizes ({sizes})")
@@ -359,16 +335,15 @@ def validate(config: ConfigDict) -> None:
             f"config.train.moment_dtype: {config.train.moment_dtype!r} does not go with train.optimizer = 'adafactor', which keeps no first"
             " moment; 'adamw' and 'muon' do"
         )
-    if config.train.snapshots < 0:
-        raise ConfigError(f"config.train.snapshots: {config.train.snapshots} must be at least 0 (0: none)")
-    if not 0.0 < config.score.warmup.share <= 1.0:
-        raise ConfigError(f"config.score.warmup.share: {config.score.warmup.share} must lie in (0, 1]")
     if config.score.gradients.dim < 1 or config.score.gradients.dim % 32:
         raise ConfigError(f"config.score.gradients.dim: {config.score.gradients.dim} must be a positive multiple of 32")
     if not 0 <= config.score.gradients.seed < 2**31:
         raise ConfigError(f"config.score.gradients.seed: {config.score.gradients.seed} must lie in [0, 2^31)")
     if config.mix.kind == "teacher" and not config.mix.strong:
         raise ConfigError("config.mix.strong: empty; mix.kind = 'teacher' needs the names of the strong teachers, e.g. ('gpt-4o',)")
+    for task, weight in config.mix.weights.items():
+        if not isinstance(weight, (int, float)) or weight < 0:
+            raise ConfigError(f"config.mix.weights: {task!r}: {weight!r} must be a number of at least 0")
     if config.mix.total_examples and config.mix.total_tokens:
         raise ConfigError(
             f"config.mix.total_tokens: {config.mix.total_tokens} beside mix.total_examples = {config.mix.total_examples}; give one of them"
@@ -382,8 +357,6 @@ def validate(config: ConfigDict) -> None:
             f"config.tokens.max_length: {config.tokens.max_length} exceeds train.row_tokens = {config.train.row_tokens};"
             " a row must fit a packed row"
         )
-    if not 0.0 <= config.mix.alpha <= 1.0:
-        raise ConfigError(f"config.mix.alpha: {config.mix.alpha} must lie in [0, 1]")
     if config.train.steps == 0 and config.train.epochs <= 0:
         raise ConfigError("config.train.steps: 0 needs train.epochs > 0")
     if not config.traces.teachers:

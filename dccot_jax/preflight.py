@@ -22,7 +22,7 @@ from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.settings import check_settings
-from dccot_jax.select.signals import split_signals
+from dccot_jax.select.signals import signal_names, split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
 from dccot_jax.teachers.build import TeacherError, make_teacher
 from dccot_jax.teachers.replay import replay_spec
@@ -69,7 +69,12 @@ def _check_arm(config: ConfigDict, devices: tuple[int, int] | None) -> None:
     split_signals(config.score.signals)
     numbers, vectors = declared_columns(config)
     check_steps(config.select.steps, numbers, vectors)
-    difficulty = config.curriculum.difficulty
+    difficulty, accepted = config.curriculum.difficulty, (*_KNOWN_DIFFICULTIES, *signal_names())
+    if difficulty not in accepted:
+        hint = nearest(difficulty, accepted)
+        raise ConfigError(
+            f"config.curriculum.difficulty: {difficulty!r} is not one of {', '.join(_KNOWN_DIFFICULTIES)}, nor a signal{hint}"
+        )
     if config.curriculum.kind != "none":
         if difficulty not in _KNOWN_DIFFICULTIES and (difficulty not in config.score.signals or difficulty in vectors):
             raise ConfigError(
@@ -187,8 +192,6 @@ def _check_compare(config: ConfigDict, arms: list[str]) -> None:
     known = [*arms, "base"] if config.evaluate.base else arms
     for place, pair in enumerate(config.report.compare):
         where = f"config.report.compare[{place}]"
-        if isinstance(pair, str) or len(pair) != 2:
-            raise ConfigError(f"{where}: {pair!r} is not a pair of arm names")
         for name in pair:
             if name not in known:
                 raise ConfigError(f"{where}: {name!r} is no arm; arms are {', '.join(known)}{nearest(str(name), known)}")

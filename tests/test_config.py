@@ -58,6 +58,82 @@ def test_validate_names_field_value_and_what_is_accepted(changes, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("train.learning_rate", -1.0, "must be at least 0"),
+        ("train.warmup_steps", -5, "must be at least 0 (0: none)"),
+        ("train.steps", -3, "must be at least 0 (0: train.epochs says how many)"),
+        ("train.epochs", -1.0, "must be at least 0"),
+        ("train.clip_norm", -0.5, "must be at least 0 (0: no clipping)"),
+        ("train.weight_decay", -0.1, "must be at least 0"),
+        ("train.b1", 1.0, "must lie in [0, 1)"),
+        ("train.b2", -0.1, "must lie in [0, 1)"),
+        ("train.momentum", 1.0, "must lie in [0, 1)"),
+        ("train.eps", 0.0, "must be above 0"),
+        ("train.decay_share", 1.1, "must lie in [0, 1]"),
+        ("train.final_lr_share", -0.1, "must lie in [0, 1]"),
+        ("student.model.rope_theta", 0.0, "must be above 0"),
+        ("verify.time_limit_seconds", 0.0, "must be above 0"),
+        ("verify.ngram_drop_size", 0, "must be at least 1"),
+        ("score.batch_tiles", 0, "must be at least 1"),
+        ("score.sampling.temperature", 0.0, "must be above 0; all answers would be one"),
+        ("score.over_time.learned", 0.0, "must lie in (0, 1]"),
+        ("report.bootstrap", -1, "must be at least 1"),
+        ("report.samples", -1, "must be at least 0"),
+        ("curriculum.stages", -1, "must be at least 2"),
+        ("curriculum.c0", 0.0, "must lie in (0, 1]"),
+        ("curriculum.full_at", 1.5, "must lie in (0, 1]"),
+        ("mix.temperature", 0.0, "must be above 0"),
+        ("traces.max_tokens", 0, "must be at least 1"),
+        ("traces.temperature", -1.0, "must be at least 0"),
+        ("augment.agreement", 1.5, "must lie in [0, 1]"),
+        ("augment.votes", 0, "must be at least 1"),
+        ("train.learning_rate", float("nan"), "must be a finite number"),
+        ("train.step_deadline_seconds", float("inf"), "must be a finite number"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(key, value, accepted):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config_lib.override(config_lib.default_config(), {key: value}))
+    assert str(caught.value) == f"config.{key}: {value} {accepted}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seeds", "zzz"),
+        ("seeds", True),
+        ("curriculum.stage_shares", "zzz"),
+        ("curriculum.stage_shares", 0.0),
+        ("verify.ngram_sizes", 0),
+        ("traces.teachers", "scripted"),
+        ("score.judge.judges", 3),
+        ("arms", "a"),
+        ("score.gradients.validation", 3),
+        ("report.compare", 3),
+        ("report.compare", ("one",)),
+        ("report.compare", ("one", 2)),
+        *((key, value) for key in ("evaluate.iid", "evaluate.ood", "evaluate.cross", "score.signals") for value in (3, {"zz": 1})),
+        *((key, 3) for key in ("select.tables", "augment.methods", "train.lora.targets", "mix.strong", "mix.long")),
+        *((key, "") for key in ("score.gradients.norm_subset", "score.gradients.subset")),
+    ],
+)
+def test_elements_of_another_kind_are_refused(key, value):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config_lib.override(config_lib.default_config(), {key: (value,)}))
+    shown = list(value) if isinstance(value, tuple) else value
+    assert str(caught.value).startswith(f"config.{key}[0]: {shown!r} must be ")
+
+
+def test_a_number_deep_in_a_tuple_must_be_finite_too():
+    steps = ({"name": "threshold", "signal": "nll", "max": float("inf")},)
+    with pytest.raises(ConfigError, match=r"config\.select\.steps: inf must be a finite number"):
+        config_lib.validate(config_lib.override(config_lib.default_config(), {"select.steps": steps}))
+    with pytest.raises(ConfigError, match=r"config\.mix\.weights: 'svamp': -1 must be a number of at least 0"):
+        config_lib.validate(config_lib.override(config_lib.default_config(), {"mix.weights": {"svamp": -1}}))
+
+
 def test_arms_are_checked_too():
     for arm, words in [({"name": "a", "mix.kind": "nope"}, "mix.kind"), ({"name": "a", "mix.knd": "x"}, "mix.kind"), ({}, "name")]:
         config = config_lib.override(config_lib.default_config(), {"arms": (arm,)})

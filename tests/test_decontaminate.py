@@ -196,7 +196,7 @@ def test_registered_tasks_are_guarded_beside_the_evaluated_ones(toy):
     "changes, message",
     [
         ({"verify__against": "all"}, "verify.against: 'all' is not one of registered, evaluated"),
-        ({"verify__ngram_sizes": (0,)}, "ngram_sizes: 0 must be a whole number"),
+        ({"verify__ngram_sizes": (0,)}, r"ngram_sizes\[0\]: 0 must be a whole number"),
         ({"verify__ngram_drop_share": 1.5}, r"must lie in \[0, 1\]"),
         ({"verify__ngram_drop_share": 0.5, "verify__ngram_drop_size": 9}, r"9 is not in verify.ngram_sizes \(8, 13\)"),
     ],

@@ -222,4 +222,5 @@ def test_settings_are_checked_before_any_work(changes, words):
     with pytest.raises(ConfigError) as caught:
         check(tiny_config(score__signals=("judge",), select__steps=(), **cfg))
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    check(tiny_config(score__signals=("nll",), select__steps=(), **cfg))  # nobody reads them
+    if "judges" in changes:
+        check(tiny_config(score__signals=("nll",), select__steps=(), **cfg))  # nobody reads them

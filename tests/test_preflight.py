@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from toy_task import TOY, install
 
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
-from dccot_jax.config import ConfigError, resolved_text
+from dccot_jax.config import ConfigError, default_config, flatten, lookup, override, resolved_text
 from dccot_jax.model.config import from_config
 from dccot_jax.pipeline import graph
 from dccot_jax.preflight import check
@@ -49,6 +49,10 @@ def test_what_can_work_passes_unchanged(changes):
             {"score__signals": ("nll", "embedding_prompt"), "select__steps": (), "curriculum__difficulty": "embedding_prompt"},
             ["curriculum.difficulty: 'embedding_prompt'", "config.score.signals"],
         ),
+        (
+            {"curriculum__difficulty": "nlll", "curriculum__kind": "none"},
+            ["difficulty: 'nlll'", "n_steps, completion_tokens", "mean 'nll'"],
+        ),
         ({"score__warmup__share": 0.0}, ["score.warmup.share: 0.0", "(0, 1]"]),
         ({"score__warmup__share": 1.5}, ["score.warmup.share: 1.5", "(0, 1]"]),
         ({"score__warmup__steps": 0}, ["score.warmup.steps: 0", "at least 1"]),
@@ -79,6 +83,23 @@ def test_what_cannot_work_names_field_value_and_what_is_accepted(monkeypatch, ch
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value), word
+
+
+# A number far below zero means something here: any whole number is a seed, and a negative count of checkpoints keeps all.
+MAY_BE_NEGATIVE = {"seed", "traces.seed", "score.sampling.seed", "train.keep_checkpoints"}
+NUMBERS = [key for key, value in flatten("", default_config()) if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_far_from_all_sense_gets_through(key):
+    """Each is refused as an error of the config, never by another exception."""
+    for value in (-1e9, float("nan"), float("inf")):
+        meant = int(value) if value == -1e9 and isinstance(lookup(default_config(), key), int) else value
+        if key in MAY_BE_NEGATIVE and meant == -1e9:
+            check(override(default_config(), {key: meant}), devices=False)
+            continue
+        with pytest.raises(ConfigError, match=key.split(".")[-1]):
+            check(override(default_config(), {key: meant}), devices=False)
 
 
 def test_a_mesh_for_another_machine_can_be_validated_here():

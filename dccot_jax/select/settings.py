@@ -60,9 +60,7 @@ def models_read(cfg: ConfigDict) -> dict[str, str]:
 def check_settings(cfg: ConfigDict) -> None:
     """Check what the requested signals need beside the student. Raises ConfigError with field, value and what is accepted."""
     if set(cfg.score.signals) & set(JUDGED):
-        _check_judge(cfg)
-    if "pass_rate" in cfg.score.signals:
-        check_sampling(cfg)
+        make_judges(cfg)
     if set(cfg.score.signals) & set(SENTENCES):
         check_sentences(cfg)
     check_over_time(cfg)
@@ -87,22 +85,6 @@ def check_settings(cfg: ConfigDict) -> None:
                 digit_tokens(tokenizer, cfg.score.deita[f"{what}_prompt"], chat=cfg.score.deita.chat)
             except TemplateError as error:
                 raise ConfigError(f"config.score.deita.chat: True, but {error}; False grades plain text") from None
-
-
-def check_sampling(cfg: ConfigDict) -> None:
-    """Raises ConfigError unless answers can be drawn as `config.score.sampling` says."""
-    if cfg.score.sampling.samples < 1:
-        raise ConfigError(f"config.score.sampling.samples: {cfg.score.sampling.samples} must be at least 1")
-    if not cfg.score.sampling.temperature > 0:
-        raise ConfigError(f"config.score.sampling.temperature: {cfg.score.sampling.temperature} must be above 0; all answers would be one")
-
-
-def _check_judge(cfg: ConfigDict) -> None:
-    make_judges(cfg)
-    settings = cfg.score.judge
-    for key, low in (("retries", 0), ("max_tokens", 1), ("temperature", 0)):
-        if settings[key] < low:
-            raise ConfigError(f"config.score.judge.{key}: {settings[key]} must be at least {low}")
 
 
 def _student_tokenizer(cfg: ConfigDict) -> str:

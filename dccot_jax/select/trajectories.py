@@ -41,10 +41,6 @@ def check_over_time(cfg: ConfigDict) -> None:
             f"config.score.signals: {names[0]!r} looks at snapshots of a training, the untrained student has none; set score.student to"
             " 'warmup' or to a train artifact made with train.snapshots"
         )
-    if count < 2:
-        raise ConfigError(f"config.score.over_time.snapshots: {count} must be at least 2")
-    if not 0.0 < cfg.score.over_time.learned <= 1.0:
-        raise ConfigError(f"config.score.over_time.learned: {cfg.score.over_time.learned} must lie in (0, 1]")
     if student == "warmup":
         if count > cfg.score.warmup.steps:
             raise ConfigError(f"config.score.over_time.snapshots: {count} of only score.warmup.steps = {cfg.score.warmup.steps} steps")
