@@ -319,7 +319,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: epath.Path | Path, ctx: 
 
     Raises ConfigError if the path is neither, or the workdir holds a run already.
     """
-    check(config)
+    check(config, traces=False)
     if (ctx.workdir / INDEX).exists() and any(set(run["artifacts"]) - {"student", "train", "evaluate"} for run in read_index(ctx.workdir)):
         raise ConfigError(f"--workdir={ctx.workdir}: holds a run; name another directory for this evaluation")
     store = Store(ctx.workdir / "artifacts")

@@ -24,15 +24,20 @@ from dccot_jax.select.selectors import check_steps
 from dccot_jax.select.settings import check_settings
 from dccot_jax.select.signals import signal_names, split_signals
 from dccot_jax.tasks.registry import UnknownTaskError, get_task
+from dccot_jax.tasks.synthetic import SIZES
 from dccot_jax.teachers.build import TeacherError, make_teacher
 from dccot_jax.teachers.replay import replay_spec
 from dccot_jax.train.settings import check_distill, check_lora
 
+SOLVED = tuple(name for name, splits in SIZES.items() if "train" in splits)  # what scripted teachers can answer
 _KNOWN_DIFFICULTIES = ("n_steps", "completion_tokens", "question_tokens")
 
 
-def check(config: ConfigDict, *, devices: bool = True) -> None:
-    """Validate a config and everything it names, arm by arm. `devices`: also that the mesh fits the devices of this run.
+def check(config: ConfigDict, *, devices: bool = True, traces: bool = True) -> None:
+    """Validate a config and everything it names, arm by arm.
+
+    Args:
+      devices: also that the mesh fits the devices of this run. traces: also that the traces can be had.
 
     Raises ConfigError at the first field that cannot work, with the value and what would be accepted.
     """
@@ -41,7 +46,7 @@ def check(config: ConfigDict, *, devices: bool = True) -> None:
     arms = config_lib.arms(config)
     for name, arm in arms.items():
         try:
-            _check_arm(arm, there)
+            _check_arm(arm, there, traces)
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}" if config.arms else str(error)) from None
     _check_compare(config, list(arms))
@@ -57,7 +62,7 @@ def _devices() -> tuple[int, int]:
         raise ConfigError(f"config.{error}") from None
 
 
-def _check_arm(config: ConfigDict, devices: tuple[int, int] | None) -> None:
+def _check_arm(config: ConfigDict, devices: tuple[int, int] | None, traces: bool) -> None:
     _check_tasks(config)
     try:
         mesh_shape(config_lib.to_plain(config.mesh), *(devices or ()))
@@ -65,7 +70,8 @@ def _check_arm(config: ConfigDict, devices: tuple[int, int] | None) -> None:
         raise ConfigError(f"config.{error}") from None
     check_lora(config.train)
     check_distill(config.train)
-    _check_teachers(config)
+    if traces:
+        _check_teachers(config)
     split_signals(config.score.signals)
     numbers, vectors = declared_columns(config)
     check_steps(config.select.steps, numbers, vectors)
@@ -216,3 +222,8 @@ def _check_teachers(config: ConfigDict) -> None:
             make_teacher(dict(spec))
         except (TeacherError, ValueError) as error:
             raise ConfigError(f"config.{where}: {error}") from None
+        if dict(spec)["kind"] == "scripted" and config.traces.task not in SOLVED:
+            raise ConfigError(
+                f"config.{where}: a scripted teacher cannot answer the questions of traces.task = {config.traces.task!r}, only those of"
+                f" {', '.join(SOLVED)}; give its traces, e.g. {{'kind': 'replay', 'name': 'my-teacher', 'files': ('traces.jsonl',)}}"
+            )

@@ -190,7 +190,7 @@ def test_command_line_complains_in_one_line(arguments, words, capsys):
         (["validate", f"--config={QUICKSTART}", "--noaot"], "--noaot goes with estimate, not with validate"),
         (["tasks", "--config.train.steps=3"], "--config.KEY goes with run, eval, validate"),
         (["report", "--workdir=w", "--config=no.py"], "--config goes with run, eval, validate, doctor, estimate, not with report"),
-        (["score", "t.jsonl", "--seed=1"], "--seed goes with select, stability, not with score"),
+        (["select", "t.jsonl", "--dtype=float32"], "--dtype goes with score, stability, not with select"),
         (["tasks", "--wordir=x"], "wordir"),
     ],
 )

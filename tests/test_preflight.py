@@ -71,6 +71,7 @@ def test_what_can_work_passes_unchanged(changes):
         ({"student__model__num_kv_heads": 3}, ["student.model", "num_kv_heads = 3", "num_heads = 4"]),
         ({"student__model__head_dim": 15}, ["student.model", "head_dim = 15", "even"]),
         ({"traces__task": "asdiv"}, ["traces.task: task 'asdiv' has no train split", "only test"]),
+        ({"traces__task": "gsm8k"}, ["traces.teachers[0]: a scripted teacher cannot", "'gsm8k'", "synth_arithmetic", "'kind': 'replay'"]),
         ({"evaluate__cross": ("untested",)}, ["evaluate.cross: task 'untested' has no test split", "only train"]),
         ({"score__student": "warmpu"}, ["score.student: 'warmpu'", "base, warmup", "did you mean 'warmup'"]),
         ({"arms": ({"name": "one", "train.log_every": 0},)}, ["log_every: 0"]),

@@ -75,6 +75,19 @@ def test_failures_and_cut_replies_are_counted_never_kept(tmp_path, monkeypatch):
     assert "unknown family" in artifact.table("dropped").column("detail").to_pylist()
 
 
+def test_a_stage_without_one_trace_stops_and_says_why(tmp_path, monkeypatch):
+    install(monkeypatch, FakeTeacher(reply=lambda kind, text, index: Response("", finish_reason="error", error="unknown family")))
+    with pytest.raises(TeacherError) as caught:
+        run_stage(stage, config(), tmp_path, "none")
+    words = f"not one trace of task 'toy' came of {len(PAIRS)} requests and rows (teacher fake); dropped: teacher_error {len(PAIRS)}; e.g. "
+    assert words in str(caught.value) and str(caught.value).endswith(": unknown family")
+    path = write(tmp_path / "r.jsonl", {"prompt": "What is the capital of France?", "completion": "The answer is 1."})
+    with pytest.raises(TeacherError, match=r"1 requests and rows \(.*r\.jsonl\); dropped: not_in_train_split 1; e\.g\. r\.jsonl:1"):
+        run_stage(stage, config(traces__teachers=(spec(path),)), tmp_path, "other")
+    with pytest.raises(TeacherError, match=r"came of 0 requests and rows \(.*empty\.jsonl\); nothing was there to read"):
+        run_stage(stage, config(traces__teachers=(spec(write(tmp_path / "empty.jsonl")),)), tmp_path, "empty")
+
+
 def test_thinking_channel_becomes_part_of_the_target(tmp_path, monkeypatch):
     install(monkeypatch, FakeTeacher(reply=lambda kind, text, index: Response("The answer is 7.", reasoning="hm, 3 and 4")))
     artifact, _ = run_stage(stage, config(traces__questions=1), tmp_path, "traces")
@@ -216,8 +229,9 @@ def test_replay_of_exported_traces(tmp_path, monkeypatch):
         for record in import_records(tmp_path / "t.parquet").records
     ]
     export_traces(foreign, tmp_path / "f.parquet", "trace")
-    _, third = run_stage(stage, config(traces__teachers=(spec(str(tmp_path / "f.parquet")),)), tmp_path, "third")
-    assert third.dropped == {"other_split": len(foreign)} and third.rows_out == 0
+    both = (spec(str(tmp_path / "f.parquet")), replayed)
+    _, third = run_stage(stage, config(traces__teachers=both), tmp_path, "third")
+    assert third.dropped == {"other_split": len(foreign)} and third.rows_out == len(foreign)
 
 
 def test_groups_of_files_with_one_name_stay_apart(tmp_path, monkeypatch):

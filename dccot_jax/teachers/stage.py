@@ -2,7 +2,7 @@
 
 Reads: the task's training rows, teachers. Writes ``traces.parquet``, ``dropped.parquet``. A trace's prompt stays None: it is
 the task's own prompt. Fails on unknown tasks and teachers, on missing data, on files that cannot be read, and on replayed
-files that were made on another public split of the task.
+files that were made on another public split of the task, and where not one trace is left.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from dccot_jax.artifact import Artifact, ArtifactWriter, StageResult, table_hash
 from dccot_jax.context import Context
-from dccot_jax.records import Dropped, Request, Trace, derive_seed, traces_to_table, user_request
+from dccot_jax.records import Dropped, Request, Trace, count_reasons, derive_seed, traces_to_table, user_request
 from dccot_jax.tasks.base import Item, Task
 from dccot_jax.tasks.registry import build_prompt, get_task, load_items, split_hash
-from dccot_jax.teachers.build import make_teacher
+from dccot_jax.teachers.build import TeacherError, make_teacher
 from dccot_jax.teachers.cache import RequestCache
 from dccot_jax.teachers.client import Usage, complete_all
 from dccot_jax.teachers.replay import replay, replay_spec
@@ -63,6 +63,8 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             while label in teachers:
                 label += "+"
             teachers[label] = {"traces": len(new), "dropped": len(lost), **facts}
+    if not traces:
+        raise TeacherError(_nothing(task, rows_in, specs, dropped))
     traces = _distinct(traces, dropped)
     table = traces_to_table(traces)
     out.write_table("traces", table)
@@ -88,6 +90,14 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
 def cache_dir(ctx: Context) -> epath.Path:
     """Where responses of every teacher are kept, shared by all arms and runs of a workdir."""
     return epath.Path(ctx.workdir) / "cache" / "teachers"
+
+
+def _nothing(task: Task, rows: int, specs: Sequence[Mapping[str, Any]], dropped: Sequence[Dropped]) -> str:
+    """Why no trace came of `rows` requests and rows of files."""
+    sources = ", ".join(str(name) for spec in specs for name in spec.get("files", (f"teacher {spec.get('kind')}",)))
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in count_reasons(dropped).items())
+    why = f"dropped: {counts}; e.g. {dropped[0].id}: {dropped[0].detail or dropped[0].reason}" if dropped else "nothing was there to read"
+    return f"config.traces.teachers: not one trace of task {task.name!r} came of {rows:,} requests and rows ({sources}); {why}"
 
 
 def _generate(
