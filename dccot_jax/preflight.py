@@ -18,6 +18,7 @@ from dccot_jax.model.backends.registry import AttentionError, Need, resolve
 from dccot_jax.model.config import ModelConfig, ModelError, from_config
 from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import MeshError, mesh_shape, slice_count
+from dccot_jax.preflight_data import check_data
 from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
@@ -64,6 +65,7 @@ def _devices() -> tuple[int, int]:
 
 def _check_arm(config: ConfigDict, devices: tuple[int, int] | None, traces: bool) -> None:
     _check_tasks(config)
+    check_data(config, traces=traces)
     try:
         mesh_shape(config_lib.to_plain(config.mesh), *(devices or ()))
     except MeshError as error:
@@ -216,7 +218,8 @@ def _check_teachers(config: ConfigDict) -> None:
                 raise ConfigError(f"config.{where}: {error}") from None
             for file in replayed.files:
                 if not (root / file).exists():
-                    raise ConfigError(f"config.{where}.files: {file!r} is not in data_dir {str(root)!r}")
+                    place = f"data_dir {str(root)!r}" if config.data_dir else "this directory; config.data_dir is empty: name the folder"
+                    raise ConfigError(f"config.{where}.files: {file!r} is not in {place}")
             continue
         try:
             make_teacher(dict(spec))

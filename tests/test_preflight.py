@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -101,6 +102,50 @@ def test_no_number_far_from_all_sense_gets_through(key):
             continue
         with pytest.raises(ConfigError, match=key.split(".")[-1]):
             check(override(default_config(), {key: meant}), devices=False)
+
+
+def _rows(folder, *names):
+    """Files of tasks, one row each that their readers take."""
+    row = {"question": "1+1?", "answer": "So it is 2.\n#### 2", "input": "1+1?", "target": 2, "code": "", "problem": "1+1", "solution": "."}
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data = (json.dumps(row) + "\n").encode()
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+
+
+def test_local_rows_are_there_before_any_work(tmp_path):
+    def refused(**changes) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check(tiny_config(**changes))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert refused(data_dir=str(tmp_path / "no")) == f"config.data_dir: {str(tmp_path / 'no')!r} is not a directory"
+    replayed = ({"kind": "replay", "name": "t", "files": ("nowhere.jsonl",)},)
+    assert refused(traces__teachers=replayed).endswith(
+        "'nowhere.jsonl' is not in this directory; config.data_dir is empty: name the folder"
+    )
+    assert f"is not in data_dir {str(tmp_path)!r}" in refused(traces__teachers=replayed, data_dir=str(tmp_path))
+    (tmp_path / "t.jsonl").write_text("{}")
+    gsm8k = {
+        "data_dir": str(tmp_path),
+        "traces__task": "gsm8k",
+        "traces__teachers": ({"kind": "replay", "name": "t", "files": ("t.jsonl",)},),
+    }
+    synthetic = {"evaluate__iid": ("synth_arithmetic",), "evaluate__ood": ()}
+    assert refused(**gsm8k, **synthetic).startswith("config.traces.task: task gsm8k: file gsm8k/train.jsonl.gz is missing under")
+    _rows(tmp_path, "gsm8k/train.jsonl.gz", "gsm8k/test.jsonl.gz", "pal_math_ood/gsmhardv2.jsonl.gz")
+    check(tiny_config(**gsm8k, **synthetic))
+    said = refused(**gsm8k, evaluate__iid=("gsm8k",), evaluate__ood=("gsm_hard", "math500"))
+    assert said.startswith("config.evaluate.ood: task math500: file math500/test.jsonl is missing under")
+    assert said.endswith("; put the file there, or set config.evaluate.ood=('gsm_hard',)")
+    said = refused(**gsm8k, evaluate__iid=(), evaluate__ood=())
+    assert "names no task, so the relations of traces.task = 'gsm8k' are evaluated: put" in said
+    assert said.endswith("or set config.evaluate.iid=('gsm8k',) config.evaluate.ood=('gsm_hard',) config.evaluate.cross=()")
+    (tmp_path / "gsm8k" / "train.jsonl.gz").unlink()
+    check(tiny_config(**gsm8k | {"evaluate__iid": ("gsm8k",), "evaluate__ood": ()}), traces=False)  # to evaluate, its test rows are enough
+    assert "mawps_addsub has no hub data set" in refused(evaluate__iid=("mawps_addsub",))
+    check(tiny_config(evaluate__ood=("math500",)))  # of the hub
 
 
 def test_a_mesh_for_another_machine_can_be_validated_here():
