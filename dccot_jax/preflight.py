@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dccot_jax import config as config_lib
 from dccot_jax.artifact import MANIFEST, ArtifactError, open_artifact
 from dccot_jax.config import ConfigError, nearest
+from dccot_jax.data.student import check_tokenizer
 from dccot_jax.evaluate.protocol import SPLIT, evaluation_groups
 from dccot_jax.mix.curriculum import make_pacing
 from dccot_jax.mix.groups import PlanError
@@ -19,6 +20,7 @@ from dccot_jax.model.config import ModelConfig, ModelError, from_config
 from dccot_jax.model.gguf_io import is_gguf
 from dccot_jax.model.sharding import MeshError, mesh_shape, slice_count
 from dccot_jax.preflight_data import check_data
+from dccot_jax.records import InputError
 from dccot_jax.select.columns import declared_columns
 from dccot_jax.select.gradients.settings import check_gradients
 from dccot_jax.select.selectors import check_steps
@@ -133,13 +135,16 @@ def _check_student(config: ConfigDict, *, devices: bool) -> ModelConfig:
     where = "path" if config.student.path else "model"
     try:
         if config.student.path:
-            from dccot_jax.model.hf import read_config
+            from dccot_jax.model.hf import check_weights, read_config
 
             model = read_config(Path(config.student.path).expanduser())
+            if not is_gguf(config.student.path):
+                check_weights(Path(config.student.path).expanduser(), model)
         else:
             model = from_config(config.student.model, vocab_size=1)  # the tokenizer will say how many
     except ModelError as error:
         raise ConfigError(f"config.student.{where}: {error}") from None
+    _check_tokenizer(config, model.vocab_size if config.student.path else 0)
     limit = model.max_positions
     source = "student.model.max_positions" if where == "model" else "the positions of student.path"
     if config.train.row_tokens > limit:
@@ -156,6 +161,20 @@ def _check_student(config: ConfigDict, *, devices: bool) -> ModelConfig:
         except AttentionError as error:
             raise ConfigError(str(error)) from None
     return model
+
+
+def _check_tokenizer(config: ConfigDict, vocab_size: int) -> None:
+    """The student's tokenizer reads and renders, where it is a directory's."""
+    key = "path" if config.student.path else "tokenizer"
+    folder = config.student[key]
+    if folder == "embedded" or is_gguf(folder):
+        return
+    try:
+        check_tokenizer(Path(folder).expanduser(), vocab_size)
+    except ConfigError:
+        raise
+    except InputError as error:
+        raise ConfigError(f"config.student.{key}: {error}") from None
 
 
 def _check_distillation(config: ConfigDict, student: ModelConfig) -> None:

@@ -140,9 +140,9 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path):
     both = message(context_length=None, block_count=None)
     assert "llama.context_length is missing" in both and "llama.block_count is missing" in both
     assert "feed_forward_length = [48, 32] differs between layers" in message(feed_forward_length=[48, 32])
-    assert "up_proj.weight has shape [48, 32], the config says [40, 32]" in message(feed_forward_length=40)
+    assert "gate_proj.weight has shape [48, 32], the config says [40, 32]" in message(feed_forward_length=40)
     assert "layers.2.input_layernorm.weight is missing" in message(block_count=3)
-    assert "blk.1.attn_q.weight is unexpected" in message(block_count=1)
+    assert "blk.1.attn_k.weight is unexpected" in message(block_count=1)
     write_gguf(path, params, dataclasses.replace(mc, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 2.0, 128)))
     with pytest.raises(ModelError, match=r"rope_freqs.weight is not the llama3 stretching"):
         read_config(path)

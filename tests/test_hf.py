@@ -235,7 +235,7 @@ def test_a_missing_file_of_another_process_is_noticed(tmp_path: Path):
         hf_export._check_whole(tmp_path, files, np.dtype(np.float32))
 
 
-def test_all_conversion_problems_are_named_together(tmp_path: Path):
+def test_conversion_problems_of_every_kind_are_named_together(tmp_path: Path):
     from safetensors.numpy import load_file, save_file
 
     save_hf(random_params(TIED), TIED, None, tmp_path)

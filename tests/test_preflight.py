@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny import TINY_MODEL, tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from toy_task import TOY, install
 
+from dccot_jax import preflight
 from dccot_jax.artifact import ArtifactWriter, StageResult, finish
 from dccot_jax.config import ConfigError, default_config, flatten, lookup, override, resolved_text
+from dccot_jax.data.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from dccot_jax.model.config import from_config
+from dccot_jax.model.hf import save_hf
+from dccot_jax.model.sharding import weight_shapes
 from dccot_jax.pipeline import graph
 from dccot_jax.preflight import check
 
@@ -174,6 +181,43 @@ def test_the_scoring_student_is_a_train_artifact(tmp_path):
     assert "takes a train artifact, for Hugging Face use student.path" in refused(tmp_path)
 
 
+def test_the_student_is_looked_at_before_any_work(tmp_path):
+    """Its weight files are whole and of the config's shapes, its tokenizer reads, its template renders; the user's path is named."""
+    path = tmp_path / "student"
+    write_tokenizer(path, train_tokenizer(["one two three"] * 9, vocab_size=270))
+    mc = from_config({"family": "llama", **TINY_MODEL, "max_positions": 1024}, len(load_tokenizer(path)))
+    params = jax.tree.map(lambda shape: jnp.zeros(shape), weight_shapes(mc), is_leaf=lambda x: isinstance(x, tuple))
+    save_hf(params, mc, None, path)
+    config, tokens = tiny_config(student__path=str(path)), tiny_config(student__tokenizer=str(path))
+    check(config)
+    check(tokens)
+
+    def refused(name: str, content: bytes | None, config=config) -> str:
+        before = (path / name).read_bytes()
+        (path / name).unlink() if content is None else (path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            check(config)
+        (path / name).write_bytes(before)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and str(path) in str(caught.value)
+        return str(caught.value)
+
+    weights = (path / "model.safetensors").read_bytes()
+    start = f"config.student.path: {path}: model.safetensors is torn: "
+    assert refused("model.safetensors", b"") == start + "its header is cut off"
+    assert re.fullmatch(re.escape(start) + r"\S+ reaches beyond its end; and \d+ more", refused("model.safetensors", weights[:9000]))
+    assert "its header is not JSON" in refused("model.safetensors", weights[:8] + b"x" + weights[9:])
+    assert "neither model.safetensors nor" in refused("model.safetensors", None)
+    fields = json.loads((path / "config.json").read_text())
+    larger = json.dumps(fields | {"intermediate_size": 80}).encode()
+    assert re.search(r"has shape \[.*\], the config says \[.*\] \(and 5 more like it\)$", refused("config.json", larger))
+    about = json.loads((path / "tokenizer_config.json").read_text())
+    for config_, field in ((config, "path"), (tokens, "tokenizer")):
+        assert refused("tokenizer.json", b"{}", config_).startswith(f"config.student.{field}: {path}: ")
+        for template, said in (("", f"at {path} has no chat template"), ("{% for m in messages %}", f"at {path} does not render (line 1)")):
+            content = json.dumps(about | {"chat_template": template}).encode()
+            assert said in refused("tokenizer_config.json", content, config_)
+
+
 def test_the_warm_up_student_sees_other_rows_than_a_random_control():
     [step] = graph(tiny_config(), base=False)["select:warmup"].config.select.steps
     assert step["stream"] == "warmup"
@@ -216,7 +260,10 @@ def _distilled(teacher, **changes):
 WORDS = ("?", "one", "two", "three")
 
 
-def test_the_teacher_of_distributions_is_opened_before_any_work(tmp_path):
+def test_the_teacher_of_distributions_is_opened_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "check_tokenizer", lambda *_: None)  # the directories here hold neither weights nor templates
+    monkeypatch.setattr("dccot_jax.model.hf.check_weights", lambda *_: None)
+
     def refused(config) -> str:
         with pytest.raises(ConfigError) as caught:
             check(config)

@@ -97,6 +97,7 @@ def test_broken_tokenizer_files_are_named(directory, tmp_path):
     for name, text, said in (
         ("tokenizer.json", whole["tokenizer.json"][:400], r"tokenizer\.json: not JSON"),
         ("tokenizer_config.json", "{'eos_token':", r"tokenizer_config\.json: not JSON"),
+        ("tokenizer.json", "{}", r"transformers cannot read this tokenizer: .+"),
         ("tokenizer.json", '{"model": {"type": "NoSuch"}}', r"transformers cannot read this tokenizer: .+"),
     ):
         for each, kept in whole.items():
@@ -106,6 +107,19 @@ def test_broken_tokenizer_files_are_named(directory, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer\.json: not JSON"):
         tokenizer.tokenizer_hash(tmp_path)
+
+
+def test_a_template_that_does_not_render_is_named(directory, tmp_path):
+    tokenizer.copy_tokenizer(directory, tmp_path)
+    tok = tokenizer.load_tokenizer(tmp_path, origin="/the/users/own")
+    for broken, said in (
+        ("{% for m in messages %}", r"at /the/users/own does not render \(line 1\): Unexpected end of template"),
+        ("{{ messages[0].content + 1 }}", "does not render: "),
+    ):
+        tok.chat_template = broken
+        with pytest.raises(template.TemplateError, match=said) as caught:
+            template.check_template(tok)
+        assert caught.value.fatal and caught.value.reason == "broken_template"
 
 
 def test_mask_token_by_token(tok):

@@ -7,6 +7,7 @@ seed. Files: ``student.json`` and ``tokenizer/``.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     from dccot_jax.model.config import ModelError, from_config
     from dccot_jax.model.hf import read_config
 
-    tokenizer_dir = out.file("tokenizer")
+    tokenizer_dir, origin = out.file("tokenizer"), None
     if cfg.student.path:
         source = Path(cfg.student.path).expanduser()
         try:
@@ -45,6 +46,7 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
             write_gguf_tokenizer(source, tokenizer_dir)
         else:
             copy_tokenizer(source, tokenizer_dir)
+        origin = source
         if (source / GENERATION_CONFIG).exists():
             write_atomic(tokenizer_dir / GENERATION_CONFIG, (source / GENERATION_CONFIG).read_bytes())
         weights: dict[str, Any] = {"kind": "hf", "path": str(source.resolve()), "hash": weights_hash(source)}
@@ -52,14 +54,14 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
         if cfg.student.tokenizer == EMBEDDED:
             embedded_tokenizer_dir(tokenizer_dir, max_positions=cfg.student.model.max_positions)
         else:
-            copy_tokenizer(cfg.student.tokenizer, tokenizer_dir)
-        model = from_config(cfg.student.model, len(load_tokenizer(tokenizer_dir)))
+            origin = Path(cfg.student.tokenizer).expanduser()
+            copy_tokenizer(origin, tokenizer_dir)
+        model = from_config(cfg.student.model, len(load_tokenizer(tokenizer_dir, origin=origin)))
         weights = {"kind": "random", "seed": derive_seed(cfg.seed, "init")}
 
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir, origin=origin)
     check_template(tokenizer)
-    if len(tokenizer) > model.vocab_size:
-        raise ConfigError(f"config.student: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary only {model.vocab_size}")
+    _check_vocabulary(tokenizer, model.vocab_size)
     stops = stop_ids(tokenizer, model.eos_token_ids)
     about = {
         "hash": tokenizer_hash(tokenizer_dir),
@@ -77,6 +79,25 @@ def run(cfg: ConfigDict, inputs: Mapping[str, Artifact], out: ArtifactWriter, ct
     return StageResult(
         json_hash(meaning), facts={"tokenizer_hash": about["hash"], "weights": weights["kind"], "vocab_size": model.vocab_size}
     )
+
+
+def check_tokenizer(source: Path, vocab_size: int = 0) -> None:
+    """What `run` will ask of the tokenizer of a Hugging Face directory: it reads, and renders a row.
+
+    Args:
+      vocab_size: of the model, which must have a row for every token; 0: as many as there are tokens.
+    Raises TokenizerError, TemplateError or ConfigError.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # without the model's config.json, which transformers would look at, as in an artifact
+        copy_tokenizer(source, folder)
+        tokenizer = load_tokenizer(folder, origin=source)
+    check_template(tokenizer)
+    _check_vocabulary(tokenizer, vocab_size or len(tokenizer))
+
+
+def _check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(f"config.student: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary only {vocab_size}")
 
 
 def weights_hash(directory: Path) -> str:

@@ -15,15 +15,16 @@ from typing import Any
 from dccot_jax.records import InputError
 
 # Faults of the template itself: every row would be wrong, so training is refused. The others concern one row.
-FATAL = frozenset({"no_template", "target_changed", "no_end_of_turn"})
+FATAL = frozenset({"no_template", "broken_template", "target_changed", "no_end_of_turn"})
 
 
 class TemplateError(InputError):
     """A row, or a tokenizer, that cannot be rendered faithfully.
 
     Attributes:
-      reason: ``no_template``, ``target_changed`` (the template drops or rewrites part of the target, e.g. its reasoning),
-        ``no_end_of_turn``, ``prompt_not_prefix``, ``end_of_turn_in_text``, ``not_representable`` or ``empty_target``.
+      reason: ``no_template``, ``broken_template`` (it does not render), ``target_changed`` (the template drops or rewrites part of
+        the target, e.g. its reasoning), ``no_end_of_turn``, ``prompt_not_prefix``, ``end_of_turn_in_text``, ``not_representable``
+        or ``empty_target``.
     """
 
     def __init__(self, reason: str, message: str):
@@ -64,9 +65,8 @@ class TurnEnd:
 
 
 def prompt_text(tokenizer: Any, prompt: str) -> str:
-    """The conversation up to where the student starts writing. Raises TemplateError if there is no chat template."""
-    _need_template(tokenizer)
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    """The conversation up to where the student starts writing. Raises TemplateError if there is no chat template, or a broken one."""
+    return _applied(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
 def render_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -184,8 +184,23 @@ def _turn_end(tokenizer: Any, template: str) -> TurnEnd:
 
 
 def _conversation(tokenizer: Any, prompt: str, target: str) -> str:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    return _applied(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}], add_generation_prompt=False)
+
+
+def _applied(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    _need_template(tokenizer)
+    from jinja2 import TemplateError as JinjaError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (JinjaError, TypeError) as error:
+        line = f" (line {vars(error)['lineno']})" if vars(error).get("lineno") else ""
+        said = " ".join(str(error).split())
+        raise TemplateError("broken_template", f"the chat template of {_name(tokenizer)} does not render{line}: {said}") from error
+
+
+def _name(tokenizer: Any) -> str:
+    return f"the tokenizer at {getattr(tokenizer, 'name_or_path', '') or '(unnamed)'}"
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -197,7 +212,7 @@ def _need_template(tokenizer: Any) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise TemplateError(
             "no_template",
-            f"the tokenizer at {getattr(tokenizer, 'name_or_path', '') or '(unnamed)'} has no chat template; "
+            f"{_name(tokenizer)} has no chat template; "
             "add 'chat_template' to its tokenizer_config.json or use an instruction-tuned student",
         )
 

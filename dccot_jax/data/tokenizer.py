@@ -93,11 +93,17 @@ def embedded_tokenizer_dir(out_dir: epath.PathLike, *, max_positions: int = 1024
     write_tokenizer(out_dir, train_tokenizer(corpus()), max_positions=max_positions)
 
 
-def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory. Raises TokenizerError if it has no ``tokenizer.json``, or one that cannot be read."""
+def load_tokenizer(directory: epath.PathLike, *, origin: epath.PathLike | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face directory.
+
+    Args:
+      origin: where the directory's files are from; it is what errors name, here and in `template`.
+    Raises TokenizerError if there is no ``tokenizer.json``, or one that cannot be read.
+    """
     path = epath.Path(directory).expanduser()
+    named = epath.Path(origin).expanduser() if origin else path
     if not (path / "tokenizer.json").exists():
-        raise TokenizerError(f"{path}: no tokenizer.json there; a fast Hugging Face tokenizer is needed")
+        raise TokenizerError(f"{named}: no tokenizer.json there; a fast Hugging Face tokenizer is needed")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it prints that torch is missing
     from transformers import AutoTokenizer  # slow to import
 
@@ -107,13 +113,17 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerFast:
             local = stack.enter_context(tempfile.TemporaryDirectory())
             copy_tokenizer(path, local)
         try:
-            return AutoTokenizer.from_pretrained(local, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                if (path / name).exists():
-                    read_json(path / name)  # says which file and where
+                if (named / name).exists():
+                    read_json(named / name)  # says which file and where
             said = " ".join(str(error).split()) or type(error).__name__
-            raise TokenizerError(f"{path}: transformers cannot read this tokenizer: {said[:300]}") from error
+            raise TokenizerError(f"{named}: transformers cannot read this tokenizer: {said[:300]}") from error
+    if not len(tokenizer):
+        raise TokenizerError(f"{named}: tokenizer.json holds no tokens")
+    tokenizer.name_or_path = str(named)
+    return tokenizer
 
 
 def copy_tokenizer(source: epath.PathLike, target: epath.PathLike) -> None:

@@ -58,7 +58,7 @@ def load_hf(
       reader: for tests that count bytes; defaults to a new reader of the path. block_bytes: see `read_leaf`; 0: by the model's size.
 
     Raises:
-      ModelError: an unsupported config, or missing, unexpected and misshapen tensors, all named together.
+      ModelError: an unsupported config, or missing, misshapen and unexpected tensors: the first of each kind and their number.
     """
     mc = read_config(path)
     reader = reader or open_weights(path, mc)
@@ -86,6 +86,11 @@ def load_hf(
     return mc, params
 
 
+def check_weights(path: str | os.PathLike, mc: ModelConfig) -> None:
+    """Raises ModelError unless the files hold the tensors of `mc`, whole; headers and sizes are looked at, no weights."""
+    _check(path, mc, open_weights(path, mc))
+
+
 def open_weights(path: str | os.PathLike, mc: ModelConfig) -> Reader:
     """Raises ModelError if the files do not read."""
     if is_gguf(path):
@@ -95,8 +100,8 @@ def open_weights(path: str | os.PathLike, mc: ModelConfig) -> Reader:
 
 def _check(path: str | os.PathLike, mc: ModelConfig, reader: Reader) -> None:
     expected = tensors(mc)
-    problems = [f"{name} is missing" for name in expected if name not in reader.names]
-    problems += [
+    missing = [f"{name} is missing" for name in expected if name not in reader.names]
+    misshapen = [
         f"{name} has shape {list(reader.shape(name))}, the config says {list(source.shape)}"
         for name, source in expected.items()
         if name in reader.names and reader.shape(name) != source.shape
@@ -104,7 +109,7 @@ def _check(path: str | os.PathLike, mc: ModelConfig, reader: Reader) -> None:
     # Old exports carry the rotary frequencies, and some tied models a copy of their table: neither is read by transformers.
     ignored = {TOP["head"][0]} if mc.tie_embeddings else set()
     extra = sorted(name for name in reader.names - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq"))
-    problems += [f"{name} is unexpected" for name in extra]
-    if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise ModelError(f"{path}: " + "; ".join(shown))
+    kinds = [kind for kind in (missing, misshapen, [f"{name} is unexpected" for name in extra]) if kind]
+    if kinds:
+        said = (kind[0] + (f" (and {len(kind) - 1:,} more like it)" if kind[1:] else "") for kind in kinds)
+        raise ModelError(f"{path}: " + "; ".join(said))

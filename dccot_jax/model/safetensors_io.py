@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from dccot_jax.model.config import ModelError
+from dccot_jax.model.hf_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,7 +42,8 @@ class TensorReader:
         for file in self._files():
             self._open(file, problems)
         if problems:
-            raise ModelError(f"{self.directory}: " + "; ".join(problems))
+            others = f"; and {len(problems) - 1:,} more" if problems[1:] else ""
+            raise ModelError(f"{self.directory}: {problems[0]}{others}")
 
     @property
     def names(self) -> frozenset[str]:
@@ -62,7 +64,9 @@ class TensorReader:
 
     def _files(self) -> list[str]:
         if (self.directory / INDEX).exists():
-            weight_map = json.loads((self.directory / INDEX).read_text())["weight_map"]
+            weight_map = read_json(self.directory / INDEX).get("weight_map")
+            if not weight_map:
+                raise ModelError(f"{self.directory / INDEX}: names no file (weight_map)")
             return sorted(set(weight_map.values()))
         if (self.directory / SINGLE).exists():
             return [SINGLE]
@@ -79,7 +83,11 @@ class TensorReader:
             if length + 8 > size:
                 problems.append(f"{file} is torn: its header is cut off")
                 return
-            header = json.loads(stream.read(length))
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError:
+                problems.append(f"{file} is no safetensors file: its header is not JSON")
+                return
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
