@@ -51,6 +51,8 @@ def read_rows(path: str | Path, *, name: str = "", skip_corrupt: bool = False) -
     head = data.lstrip()[:1]
     if not head:
         return [], []
+    if path.suffix.lower() == ".parquet" and head not in b"[{":
+        raise FormatError(f"{path}: not a parquet file, nor JSON")
     if head in b"[{":
         try:
             value = _parse(data)
@@ -70,21 +72,27 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises FormatError on another suffix, ValueError on NaN or infinity. Equal rows give equal bytes (gzip carries no time).
     """
     path = Path(path)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[:-1] if packed else suffixes)[-1:]
-    if kind == [".jsonl"]:
+    kind, packed = written_as(path)
+    if kind == ".jsonl":
         data = "".join(_dump(row) + "\n" for row in rows).encode()
-    elif kind == [".json"]:
+    elif kind == ".json":
         data = ("[\n" + ",\n".join(_dump(row) for row in rows) + "\n]\n").encode()
-    elif kind == [".parquet"] and not packed:
+    else:
         sink = io.BytesIO()
         names = list(dict.fromkeys(name for row in rows for name in row))  # pyarrow would take the first row's columns only
         pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), sink, compression="zstd")
         data = sink.getvalue()
-    else:
-        raise FormatError(f"{path}: cannot tell what to write; use .jsonl, .json or .parquet (.jsonl.gz and .json.gz also work)")
     write_atomic(path, gzip.compress(data, mtime=0) if packed else data)
+
+
+def written_as(path: str | Path) -> tuple[str, bool]:
+    """(``.jsonl``, ``.json`` or ``.parquet``, whether gzipped), by the name alone. Raises FormatError on a name that says none of these."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    if kind not in (".jsonl", ".json") and (kind != ".parquet" or packed):
+        raise FormatError(f"{path}: cannot tell what to write; use .jsonl, .json or .parquet (.jsonl.gz and .json.gz also work)")
+    return kind, packed
 
 
 def _load(path: Path) -> bytes:

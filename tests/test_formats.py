@@ -104,6 +104,7 @@ def test_bad_utf8_line(tmp_path):
         ("a.json", b"[1, 2]", "row 1 is a int"),
         ("a.json.gz", gzip.compress(b"[]" * 500, mtime=0)[:-9], "cannot be read"),
         ("a.parquet", b"PAR1 nothing", "parquet"),
+        ("fake.parquet", b"hello\n", r"fake\.parquet: not a parquet file"),
         ("a.jsonl", b'{"text": "x"}\n', "unknown format .fields of the first row: text."),
     ],
 )

@@ -20,6 +20,7 @@ from dccot_jax import config as config_lib
 from dccot_jax.command_flags import FLAGS, verbs_of
 from dccot_jax.config import DTYPES
 from dccot_jax.formats import FORMATS
+from dccot_jax.formats_files import written_as
 from dccot_jax.records import ANSWER_TYPES, InputError
 from dccot_jax.select.candidates import Step
 from dccot_jax.select.columns import check_table
@@ -101,7 +102,9 @@ def make_request(verb: str, given: Mapping[str, str | None], files: Sequence[str
     out = Path(str(given["out"])).expanduser().absolute()
     if out == file.absolute():
         raise InputError(f"--out={given['out']}: is the file of traces itself")
-    if verb != "select" and out.suffix != (suffix := ".parquet" if verb == "score" else ".json"):
+    if verb == "select":
+        written_as(str(given["out"]))
+    elif out.suffix != (suffix := ".parquet" if verb == "score" else ".json"):
         raise InputError(f"--out={given['out']}: must end in {suffix}")
     spread: dict[str, tuple[Any, ...]] = {
         "seed": _whole_numbers("seed", given, verb),
