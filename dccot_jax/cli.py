@@ -7,7 +7,7 @@ A run, from traces to a report:
   dccot export   --checkpoint=DIR --out=DIR
   dccot export-traces --workdir=DIR --format=FORMAT --out=FILE [--stage=STAGE] [--arm=NAME[/SEED]]
 
-Any file of traces and any Hugging Face student, without a config (more with `dccot score --help`, ...):
+Any file of traces and any Hugging Face student, without a config:
   dccot score     TRACES --student=DIR --signals=nll,ifd_loss --out=scores.parquet
   dccot select    TRACES --scores=scores.parquet --recipe=RECIPE --out=kept.jsonl
   dccot stability TRACES --student=DIR --recipe=RECIPE --out=stability.json
@@ -17,6 +17,8 @@ What there is, and whether it works here:
   dccot validate --config=FILE.py
   dccot doctor   [--workdir=DIR] [--config=FILE.py]
   dccot estimate --config=FILE.py --topology=v5e-16|v5p-128|v6e-256|h100x8|cpu [--json] [--noaot]
+
+dccot VERB --help: all flags of a command, and what it does.
 
 FORMAT is messages, prompt_completion, question_answer, sharegpt, alpaca, eit, dccot or trace; STAGE traces, augment, verify or select
 (default: the kept traces); FILE and TRACES are .jsonl, .json or .parquet; RECIPE is JSON, a .json file or a config file like those in
@@ -33,9 +35,7 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,7 +49,8 @@ from dccot_jax import __version__, compile_cache, cpu_memory, processes
 from dccot_jax import config as config_lib
 from dccot_jax.command_errors import explain_end, one_line
 from dccot_jax.command_flags import PATHS, STANDALONE, UsageError, check_verb, define, flags_of
-from dccot_jax.config import ConfigError
+from dccot_jax.command_help import help_text
+from dccot_jax.config_file import explain_override, load_config, split_config
 from dccot_jax.context import Context
 from dccot_jax.stopping import StopRequest
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         if verb not in VERBS:
             raise UsageError(f"unknown command {verb!r}; commands are {', '.join(VERBS)}")
         if any(word in ("-h", "--help") for word in rest):
-            _help(verb)
+            print(help_text(verb))
             return 0
         _parse(verb, rest)
         code = VERBS[verb](console)
@@ -90,15 +91,6 @@ def console() -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def _help(verb: str) -> None:
-    if verb in STANDALONE:
-        from dccot_jax.standalone.help import help_text
-
-        print(help_text(verb))
-    else:
-        print(__doc__)
-
-
 def _given_paths() -> dict[str, str]:
     """{how it was given: path} of what the command line names."""
     return {f"--{name}=": str(_FLAGS[name].value) for name in PATHS if name in _FLAGS and _FLAGS[name].value}
@@ -114,23 +106,22 @@ def _parse(verb: str, arguments: Sequence[str]) -> None:
 
         arguments, overrides = request.split_overrides(arguments)
         _OVERRIDES.update(overrides)
-    for argument in arguments:
-        path = argument.removeprefix("--config=").split(":")[0]
-        if argument.startswith("--config=") and not Path(path).is_file():
-            raise UsageError(f"--config={path}: no such file")
-    for name in list(_FLAGS):  # parsing a config file adds flags of its own, which must not outlive one command
+    path, arguments = split_config(arguments)
+    config = None if path is None else load_config(path)
+    if config is None and verb not in STANDALONE and any(word.startswith("--config.") for word in arguments):
+        raise UsageError("--config=FILE.py is needed")
+    for name in list(_FLAGS):  # parsing overrides adds flags of its own, which must not outlive one command
         delattr(_FLAGS, name)
     define(verb, _FLAGS)
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config().", flag_values=_FLAGS, lock_config=True)
     before, sys.argv = sys.argv, ["dccot", *arguments]  # config_flags looks for overrides there
     try:
+        if config is None:
+            flags.DEFINE_string("config", None, "", flag_values=_FLAGS)
+        else:
+            config_flags.DEFINE_config_dict("config", config, flag_values=_FLAGS, lock_config=True)
         left = _FLAGS(["dccot", *arguments])
-    except flags.Error as error:
-        raise UsageError(one_line(error)) from None
-    except SyntaxError as error:
-        raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UsageError(_explain(error, arguments)) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(explain_override(error, arguments, config)) from None
     finally:
         sys.argv = before
     if verb in STANDALONE:
@@ -141,36 +132,10 @@ def _parse(verb: str, arguments: Sequence[str]) -> None:
         flags.FLAGS.mark_as_parsed()  # grain and orbax read absl flags
 
 
-def _explain(error: Exception, arguments: Sequence[str]) -> str:
-    """Name the override that failed and the nearest valid key."""
-    defaults = config_lib.default_config()
-    for argument in arguments:
-        if argument.startswith("--config."):
-            key = argument[len("--config.") :].split("=")[0]
-            try:
-                config_lib.lookup(defaults, key)
-            except ConfigError as problem:
-                if not key.startswith("arms."):
-                    return str(problem)
-    where = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.name == "get_config":
-            where = f"{frame.filename}, line {frame.lineno}: "
-    missing = re.search(r'Key "(\w+)" does not exist', one_line(error))
-    nearest = re.search(r'Did you mean "([\w.]+)"', one_line(error))
-    if missing:
-        return f"{where}no such config key {missing[1]!r}" + (f"; did you mean {nearest[1]!r}?" if nearest else "")
-    return where + one_line(error)
-
-
 def _config() -> config_lib.ConfigDict:
     config = _FLAGS.config
     if config is None:
         raise UsageError("--config=FILE.py is needed")
-    if not isinstance(config, config_lib.ConfigDict):
-        raise UsageError(
-            f"--config: get_config() returned {type(config).__name__}, not a ConfigDict; start from dccot_jax.config.default_config()"
-        )
     config_lib.validate(config)
     return config
 
@@ -285,6 +250,7 @@ def _export(console: Console) -> int:
 
 def _export_traces(console: Console) -> int:
     from dccot_jax.formats import FORMATS
+    from dccot_jax.formats_files import written_as
     from dccot_jax.trace_export import STAGES, export_run
 
     workdir = _workdir()
@@ -296,6 +262,7 @@ def _export_traces(console: Console) -> int:
     out = Path(_FLAGS.out).expanduser()
     if out.exists():
         raise UsageError(f"--out={out}: exists; name another file")
+    written_as(out)
     rows = export_run(workdir, out, _FLAGS.format, stage=_FLAGS.stage, arm=_FLAGS.arm)
     console.print(f"wrote {out}: {rows:,} rows", soft_wrap=True)
     return 0

@@ -166,7 +166,9 @@ def test_override_leaves_the_original_alone():
     ("arguments", "words"),
     [
         (["--config.train.stepz=3"], ["train.stepz", "train.steps"]),
-        (["--config.train.steps=abc"], ["train.steps", "abc"]),
+        (["--config.train.steps=abc"], ["--config.train.steps=abc: must be a whole number"]),
+        (["--config.train.learning_rate=fast"], ["--config.train.learning_rate=fast: must be a number"]),
+        (["--config.evaluate.base=maybe"], ["must be true or false"]),
         (["--config.mix.kind=lenght"], ["mix.kind", "did you mean 'length'"]),
         (["--confg=x"], ["confg"]),
     ],
@@ -210,7 +212,40 @@ def test_config_file_errors_name_file_and_line(tmp_path, capsys):
     )
     assert main(["validate", f"--config={wrong}"]) == 2
     error = capsys.readouterr().err
-    assert "wrong.py, line 4" in error and "'steps'" in error
+    assert "wrong.py:4: " in error and "'steps'" in error
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def get_config():\n    c = default_config()\n    c.train.steps = 'many'\n    return c", "wrong.py:4: TypeError: "),
+        ("import foo_bar", "wrong.py:2: ModuleNotFoundError: No module named 'foo_bar'"),
+        ("def get_config():\n    1 / 0", "wrong.py:3: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    open('/nowhere/x')", "wrong.py:3: FileNotFoundError: "),
+        ("def get_config(:", "wrong.py:2: SyntaxError: invalid syntax"),
+        ("def get_config():\n    default_config()", "wrong.py: get_config() returns nothing; it must end with `return`"),
+        ("c = default_config()", "wrong.py: has no function get_config()"),
+        ("def get_config():\n    return {}", "wrong.py: get_config() returns a dict, not a ConfigDict"),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_one_line(tmp_path, capsys, body, said):
+    path = tmp_path / "wrong.py"
+    path.write_text(f"from dccot_jax.config import default_config\n{body}\n")
+    assert main(["validate", "--config", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{tmp_path}/{said}" in error and len(error.splitlines()) == 1
+
+
+def test_a_config_file_takes_an_argument_and_overrides_in_any_order(tmp_path, capsys):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "from dccot_jax.config import default_config\n"
+        "def get_config(task):\n    c = default_config()\n    c.traces.task = task\n    return c\n"
+    )
+    assert main(["validate", "--config.traces.seed=4", f"--config={path}:nothing_such"]) == 2
+    assert "nothing_such" in capsys.readouterr().err
+    assert main(["validate", "--config.traces.seed=4"]) == 2
+    assert "--config=FILE.py is needed" in capsys.readouterr().err
 
 
 def test_unknown_command_lists_commands(capsys):

@@ -453,6 +453,7 @@ def test_comparison_counts_lost_rows_and_vectors():
             "signal 'ppl' has no scores; scored: nll; add it to --signals",
         ),
         (["select", "T", "--out=k.csv", "--scores=P", '--recipe=["none"]'], "cannot tell what to write; use .jsonl"),
+        (["select", "T", "--out=k.txt"], "k.txt: cannot tell what to write"),
         (["select", "T", "--out=T", '--recipe=["none"]'], "is the file of traces itself"),
         (["run", "T"], "unexpected argument"),
         (
@@ -500,6 +501,7 @@ def test_help_is_grouped_and_knows_every_signal_and_flag(call):
         < said.index("dccot doctor")
     )
     _, said, _ = call("score", "--help")
-    assert all(name in said for name in (*signal_names(), "--gold_field", "--config.score.chunk_rows: 256")) and "--scores" not in said
+    names = (*signal_names(), "--gold_field", "--config.score.chunk_rows: 256", "--out=FILE", "--distributed")
+    assert all(name in said for name in names) and "--scores" not in said
     _, said, _ = call("select", "--help")
     assert "kcenter" in said and "--scores" in said and "config.select" not in said

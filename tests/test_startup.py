@@ -53,6 +53,21 @@ def test_help_and_the_package_import_nothing_heavy():
     assert _python("-c", f"from dccot_jax.cli import main; main(['--help']); {report}").strip().splitlines()[-1] == "heavy []"
 
 
+def test_help_of_a_command_tells_its_flags_and_imports_nothing_heavy():
+    from dccot_jax.cli import VERBS
+    from dccot_jax.command_flags import FLAGS, STANDALONE
+
+    verbs = [verb for verb in VERBS if verb not in STANDALONE]
+    report = f"import sys; print('heavy', [name for name in {HEAVY} if name in sys.modules])"
+    said = _python("-c", f"from dccot_jax.cli import main; [(print('==' + v), main([v, '--help'])) for v in {verbs}]; {report}")
+    assert said.strip().splitlines()[-1] == "heavy []"
+    for part, verb in zip(said.split("==")[1:], verbs, strict=True):
+        assert part.startswith(f"{verb}\ndccot {verb} ")
+        listed = {line.split("=")[0].split()[0] for line in part.split("Flags:")[1].splitlines() if line.startswith("  --")}
+        assert listed == {f"--{flag.name}" for flag in FLAGS if verb in flag.verbs}
+    assert {verb for flag in FLAGS for verb in flag.verbs} == set(VERBS)
+
+
 def test_the_train_loop_imports_no_texts_library():
     names = ("transformers", "tokenizers", "datasets", "torch", "matplotlib", "sympy", "pandas")
     assert _python("-c", f"import dccot_jax.train.loop, sys; print([name for name in {names} if name in sys.modules])").strip() == "[]"

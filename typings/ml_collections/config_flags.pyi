@@ -1,11 +1,6 @@
-from typing import Any
+from absl.flags import FlagHolder, FlagValues
+from ml_collections import ConfigDict
 
-def DEFINE_config_file(
-    name: str,
-    default: str | None = None,
-    help_string: str = "",
-    flag_values: Any = None,
-    lock_config: bool = True,
-    accept_new_attributes: bool = False,
-    **arguments: Any,
-) -> Any: ...
+def DEFINE_config_dict(
+    name: str, config: ConfigDict, help_string: str = ..., flag_values: FlagValues = ..., lock_config: bool = ...
+) -> FlagHolder: ...
