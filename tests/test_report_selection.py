@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from dccot_jax.artifact import ArmRun, Artifact, StageResult, Store, file_hash, finish, table_hash
-from dccot_jax.config import default_config
+from dccot_jax.artifact import ArmRun, Artifact, StageResult, Store, finish, table_hash
+from dccot_jax.config import default_config, override
 from dccot_jax.context import Context
+from dccot_jax.external import select_files
 from dccot_jax.records import TRACE_SCHEMA, Dropped, content_hash, make_trace, traces_to_table
 from dccot_jax.report.build import build_report
 from dccot_jax.report.pools import read_pool
@@ -101,8 +103,8 @@ class Run:
             **more,
         )
 
-    def arm(self, name: str, select: Artifact | None = None, seed: int = 0) -> ArmRun:
-        return ArmRun(name, seed, {}, self.artifacts | ({"select": select} if select is not None else {}))
+    def arm(self, name: str, select: Artifact | None = None, seed: int = 0, tables: Sequence[str] = ()) -> ArmRun:
+        return ArmRun(name, seed, {"select": {"tables": list(tables)}}, self.artifacts | ({"select": select} if select is not None else {}))
 
 
 @pytest.fixture
@@ -194,18 +196,19 @@ def test_overlap_covers_seeds_and_other_selections_of_the_workdir(run: Run):
 def test_user_columns_join_and_a_changed_table_is_named_not_shown(run: Run):
     path = run.root / "mine.parquet"
     pq.write_table(pa.table({"id": run.ids[::-1], "mine": np.arange(12.0), "curve": [[3.0, 4.0]] * 12}), path)
-    inputs = {f"file:{path}": {"hash": file_hash(path), "artifact": ""}}
+    read = select_files(override(default_config(), {"select.tables": (str(path),)}))
+    inputs = {role: {"hash": digest, "artifact": ""} for role, digest in read.items()}
     step = {"name": "top", "signal": "mine", "rows": 1}
-    chosen = run.select("m", [0], (step,), config={"select.tables": [str(path)]}, inputs=inputs)
-    pool = read_pool(run.arm("a", chosen).artifacts)
+    chosen = run.arm("a", run.select("m", [0], (step,), inputs=inputs), tables=[str(path)])
+    pool = read_pool(chosen)
     assert pool.signals["mine"].tolist() == list(range(11, -1, -1)) and pool.norms["curve"][1].tolist() == [5.0] * 12
-    (one,) = selection([run.arm("a", chosen)], run.root)["recipes"]
+    (one,) = selection([chosen], run.root)["recipes"]
     assert one["cost"]["declared"]["undeclared"] == ["mine"] and one["examples"][0]["score"] == 11.0
     pq.write_table(pa.table({"id": run.ids, "mine": np.arange(12.0)}), path)
-    pool = read_pool(run.arm("a", chosen).artifacts)
+    pool = read_pool(chosen)
     assert "mine" not in pool.signals and "changed since" in pool.notes[0]
     path.unlink()
-    (entry,) = selection([run.arm("a", chosen)], run.root)["pools"]
+    (entry,) = selection([chosen], run.root)["pools"]
     assert "no longer there" in entry["notes"][0]
 
 

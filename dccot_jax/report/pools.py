@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
-from dccot_jax.artifact import Artifact, file_hash, read_batches, read_table
+from dccot_jax.artifact import ArmRun, file_hash, read_batches, read_table
 from dccot_jax.select.candidates import FIELDS
 from dccot_jax.select.columns import kinds
 
@@ -46,14 +46,15 @@ class Pool:
         return np.asarray(pc.fill_null(pc.call_function("index_in", [ids.cast(pa.string())], pc.SetLookupOptions(self.ids)), -1))
 
 
-def read_pool(artifacts: Mapping[str, Artifact]) -> Pool:
-    """The pool of one run: rows of ``tokenize``, labels from ``verify``, signals from ``score`` and the tables of ``select``."""
+def read_pool(run: ArmRun) -> Pool:
+    """The pool of one run: rows of ``tokenize``, labels from ``verify``, signals from ``score`` and the user's tables of ``select``."""
+    artifacts = run.artifacts
     lengths = _columns(artifacts["tokenize"].file("tokens.parquet"), ("id", "prompt_tokens", "completion_tokens"))
     pool = Pool(_array(lengths["id"]), {}, (), {}, {}, ())
     signals: dict[str, np.ndarray] = {}
     norms: dict[str, tuple[int, np.ndarray]] = {}
     files: list = [artifacts["score"].file("scores.parquet")] if "score" in artifacts else []
-    tables, notes = _user_tables(artifacts["select"]) if "select" in artifacts else ([], [])
+    tables, notes = _user_tables(run) if "select" in artifacts else ([], [])
     for file in (*files, *tables):
         with file.open("rb") as opened:
             numbers, vectors = kinds(pq.read_schema(opened))
@@ -70,15 +71,16 @@ def read_pool(artifacts: Mapping[str, Artifact]) -> Pool:
     return Pool(pool.ids, signals | {name: fields[name] for name in FIELDS if name in fields}, scored, norms, groups, tuple(notes))
 
 
-def _user_tables(select: Artifact) -> tuple[list[Path], list[str]]:
+def _user_tables(run: ArmRun) -> tuple[list[Path], list[str]]:
     """Files of `config.select.tables` that still are what the selection read, and a note on every other one."""
+    inputs = run.artifacts["select"].manifest["inputs"]
+    read = {entry["hash"] for role, entry in inputs.items() if role.startswith("table:")}
     found, notes = [], []
-    for name in select.manifest["config"].get("select.tables", ()):
+    for name in run.config.get("select", {}).get("tables", ()):
         path = Path(name).expanduser()
-        known = select.manifest["inputs"].get(f"file:{name}", {}).get("hash")
         if not path.is_file():
             notes.append(f"{name}: no longer there, its columns are not shown")
-        elif file_hash(path) != known:
+        elif file_hash(path) not in read:
             notes.append(f"{name}: changed since the selection read it, its columns are not shown")
         else:
             found.append(path)

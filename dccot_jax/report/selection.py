@@ -38,7 +38,7 @@ def selection(runs: Sequence[ArmRun], workdir: Path) -> dict[str, Any]:
             continue
         key = _pool_key(run)
         if key not in pools:
-            pool = read_pool(run.artifacts)
+            pool = read_pool(run)
             pools[key] = ({"arms": [], "seed": run.seed, **_pool_facts(pool)}, pool)
         entry, pool = pools[key]
         entry["arms"].append(run.arm)
@@ -58,7 +58,7 @@ def _pool_key(run: ArmRun) -> tuple[str, ...]:
     parts = [run.artifacts[name].identity if name in run.artifacts else "" for name in ("tokenize", "score")]
     select = run.artifacts.get("select")
     inputs = select.manifest["inputs"] if select is not None else {}
-    return (*parts, *(f"{role}={inputs[role]['hash']}" for role in sorted(inputs) if role.startswith("file:")))
+    return (*parts, *(f"{role}={inputs[role]['hash']}" for role in sorted(inputs) if role.startswith("table:")))
 
 
 def _pool_facts(pool: Pool) -> dict[str, Any]:
