@@ -237,7 +237,7 @@ def kept_by(recipe: str, table: pa.Table, rows: Sequence[Row]) -> set[str]:
     candidates = [
         Candidate(r.id, (r.id,), r.completion_tokens, True, "", scores[r.id], {}, with_text(f"question {int(r.id) // 4}")) for r in rows
     ]
-    steps = read_recipe(str(Path(__file__).parent.parent / "configs" / "select" / f"{recipe}.py"))
+    steps = read_recipe(str(Path(__file__).parent.parent / "configs" / "select" / f"{recipe}.py")).steps
     return ids(select(candidates, *steps, available=SIGNALS)[0])
 
 
