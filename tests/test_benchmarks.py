@@ -34,6 +34,7 @@ def test_gpu_says_where_there_is_none():
     assert done.stderr.splitlines()[-1].startswith("no GPU: JAX's first device is cpu")
 
 
+@pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.json"
     sizes = ["--rows", "2", "--row_tokens", "64", "--document_tokens", "16", "--batches", "1", "--remat", "none", "--steps", "1"]

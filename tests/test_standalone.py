@@ -227,6 +227,7 @@ def test_a_recipe_of_a_config_file_scores_as_its_run_does(student, tmp_path, cal
     assert found["batch_size"]["equal"] and found["seed"]["signals"]["ifd_loss"]["max_difference"] > 0  # of another warm-up
 
 
+@pytest.mark.slow
 def test_what_shipped_recipes_ask_of_scoring_is_done(scored, student, tmp_path, monkeypatch, call):
     def score(name, *words):
         out = tmp_path / f"{name}.parquet"

@@ -168,6 +168,7 @@ def _node(cfg, workdir, name):
     return run.artifacts
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_the_store_as_it_would_beside_the_teacher(made):
     cfg, workdir = made
     exact = override(cfg, {"train.distill.top_k": 200})
