@@ -172,7 +172,7 @@ def test_sigterm_to_one_process_saves_on_both(undisturbed, workdir, told):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_sigkill_of_one_ends_the_other_with_a_clear_line(undisturbed, workdir, killed):
-    with Run(workdir, 2) as run:
+    with Run(workdir, 2, heartbeat=HEARTBEAT_SECONDS) as run:  # a closed connection does not reach every wait
         run.reach(24)
         run.processes[killed].kill()
         codes = run.end(timeout=120)

@@ -2,8 +2,9 @@
 
 A worker for `benchmarks/scoring.py`: it reads one JSON request per line and answers with one JSON line. It imports nothing
 of dccot_jax.
-  {"do": "load", "model": DIR, "dtype": "float32" | "bfloat16"}                        -> {"versions": ..., "threads": ...}
-  {"do": "score", "rows": FILE, "way": "single" | "batched", "batch": int, "first": int} -> {"seconds": ..., "scores": [[4 numbers]]}
+  {"do": "load", "model": DIR, "dtype": "float32" | "bfloat16"} -> {"versions": ..., "threads": ...}
+  {"do": "score", "rows": FILE, "way": "published" | "single" | "batched", "batch": int, "first": int}
+    -> {"seconds": ..., "scores": [[4 numbers]]}
 FILE holds {"context": token ids of the unconditional view's beginning, "rows": [{"input_ids", "prompt_tokens"}]}.
 """
 
@@ -25,8 +26,31 @@ def stats(model, hidden, labels):
     return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
+def published(model, rows, context):
+    """One row at a time, as Cherry LLM's data_analysis.py does: the model's own loss from labels, and the loss of every token, token
+    by token, in the model's dtype; the entropy, which that script lacks, comes from the same distributions.
+    """
+    found = []
+    for ids, prompt in rows:
+        losses, entropies = [], []
+        for text, start in ((ids, prompt), (context + ids[prompt:], len(context))):
+            tokens = torch.tensor([text])
+            labels = tokens.clone()
+            labels[0, :start] = -100
+            out = model(tokens, labels=labels, output_hidden_states=True)
+            losses.append(out.loss)
+            per_token = []  # what the script saves; its mean is the loss
+            for i in range(1, len(text)):
+                logp = torch.log_softmax(out.logits[0, i - 1], -1)
+                per_token.append(torch.nn.functional.nll_loss(logp[None], tokens[0, i : i + 1], reduction="none").item())
+                if len(losses) == 1 and i >= start:
+                    entropies.append(-(logp.exp() * logp).sum().item())
+        found.append((losses[0], torch.tensor(entropies).mean(), losses[1]))
+    return found
+
+
 def single(model, rows, context):
-    """One row at a time, logits of every position, as the published scripts do (Cherry LLM, Superfiltering)."""
+    """One row at a time without loops over tokens: logits of every position, and what is asked of them, in float32."""
     found = []
     for ids, prompt in rows:
         values = []
@@ -86,10 +110,10 @@ def main() -> None:
                 data = json.load(file)
             rows = [(row["input_ids"], row["prompt_tokens"]) for row in data["rows"][: request.get("first")]]
             started = time.perf_counter()
-            if request["way"] == "single":
-                found = single(model, rows, data["context"])
-            else:
+            if request["way"] == "batched":
                 found = batched(model, rows, data["context"], request["batch"])
+            else:
+                found = {"published": published, "single": single}[request["way"]](model, rows, data["context"])
             scores = [[float(n), float(e), float(n / u), float(torch.exp(n - u))] for n, e, u in found]
             answer = {"seconds": time.perf_counter() - started, "scores": scores}
         print(json.dumps(answer), flush=True)
